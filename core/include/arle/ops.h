@@ -1,0 +1,278 @@
+/*
+ * The op table. Every op has the signature
+ *     int op(struct arle_device *dev, struct arle_stream *st, const struct arle_<op>_args *a);
+ * enqueues on st, allocates nothing, never waits, may be captured in a graph, and returns 0, -EINVAL (arguments the op
+ * does not handle, stated per op) or -EIO (device dead). Args are read during the call; the memory they point to is
+ * borrowed until the stream has passed.
+ *
+ * Conventions. Row-major; `ld*` are row strides in elements; all pointers are device pointers, 16-byte aligned. "act" is the
+ * activation type of the call (`dtype`: ARLE_F32 or ARLE_BF16). Sums accumulate in f32 (f32 act: f32). "round" means rounding
+ * to act, to nearest even (nothing for f32). A result row depends only on its own inputs, never on how many other rows are in
+ * the call, how a sequence was cut into chunks, or the number of threads: on backend-cpu bit for bit, elsewhere as far as
+ * the backend promises (deterministic = true).
+ * n_tokens == 0 is legal and does nothing.
+ *
+ * Adding an op: append X(name) here and its args below, never reorder. Model plugins check ARLE_HAS(ops, struct arle_ops, x).
+ */
+#ifndef ARLE_OPS_H
+#define ARLE_OPS_H
+
+#include <arle/backend.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ARLE_OPS_V1(X) \
+    X(embed) X(rmsnorm) X(linear) X(norm_linear) X(silu_mul) X(gate_up) X(attn_prepare) X(attn_paged) \
+    X(gdn) X(moe_route) X(moe_experts) X(seq_shift) X(sample)
+
+/*
+ * The batch of one step as ops see it. Sequences are numbered 0..n_seqs-1; the first n_decode of them have exactly one
+ * new token each (decode rows), the others one or more. Tokens of a sequence are adjacent and in order, sequences in order.
+ * Page 0 and state slot 0 belong to nobody: rows that only pad a batch point there and their results are thrown away.
+ */
+struct arle_batch {
+    uint32_t struct_size;
+    uint32_t n_tokens, n_seqs, n_decode;
+    uint32_t max_new;               /* largest number of new tokens of one sequence */
+    uint32_t max_ctx;               /* upper bound of ctx_len, for choosing kernels; in captured steps the largest ever */
+    uint32_t page_tokens;           /* token positions per page */
+    uint32_t table_stride;          /* block_table row stride, entries */
+    const int32_t *ids;             /* [n_tokens] token ids; -1-r means "row r of sampled" */
+    const int32_t *sampled;         /* ids sampled by the previous step */
+    const int32_t *pos;             /* [n_tokens] absolute positions */
+    const int32_t *seq_of;          /* [n_tokens] sequence of each token */
+    const int32_t *cu;              /* [n_seqs + 1] first token of each sequence */
+    const int32_t *ctx_len;         /* [n_seqs] length after this step = last position + 1 */
+    const int32_t *slot;            /* [n_seqs] state slot */
+    const int32_t *block_table;     /* [n_seqs, table_stride] page of positions [i*page_tokens, (i+1)*page_tokens) */
+};
+
+/* Where one layer's part of a paged cache group lies: entry of position p is at
+ *   base + block_table[p / page_tokens] * page_stride + offset + (p % page_tokens) * entry_stride        (bytes) */
+struct arle_paged {
+    void *base;
+    size_t page_stride, offset, entry_stride;
+    uint32_t dtype;                 /* ARLE_F32, ARLE_BF16, or a quantised form of <arle/kv.h> */
+};
+
+/* Where one layer's part of a state record lies: base + slot * stride + offset (bytes). */
+struct arle_state {
+    void *base;
+    size_t stride, offset;
+};
+
+/* out[t] = table[id], id = ids[t] >= 0 ? ids[t] : sampled[-1 - ids[t]].    out [n_tokens, K] act */
+struct arle_embed_args {
+    uint32_t dtype, n_tokens;
+    const int32_t *ids, *sampled;
+    const struct arle_weight *table;        /* ARLE_W_EMBED */
+    void *out; int64_t ld_out;
+};
+
+/* r = rows ? rows[t] : t;  rho = 1/sqrt(mean_i x[r,i]^2 + eps);  out[t,i] = round(x[r,i] * rho * (w_offset + w[i]))
+ * x [*, dim] act; w [dim] f32; out [n_tokens, dim] act. out may equal x when rows is NULL.  Zhang & Sennrich 2019, arXiv:1910.07467. */
+struct arle_rmsnorm_args {
+    uint32_t dtype, n_tokens, dim;
+    float eps, w_offset;
+    const void *x; int64_t ld_x;
+    const int32_t *rows;
+    const float *w;
+    void *out; int64_t ld_out;
+};
+
+/* y[t,n] = round_out( sum_k x[t,k] W[n,k]  (+ y[t,n] if accumulate) ).   x act [n_tokens, K]; y of out_dtype (act or f32) [n_tokens, N].
+ * With weights made with act_quant, x is quantised first as described at struct arle_weight_desc. */
+struct arle_linear_args {
+    uint32_t dtype, out_dtype, n_tokens, accumulate;
+    const void *x; int64_t ld_x;
+    const struct arle_weight *w;            /* ARLE_W_LINEAR or ARLE_W_EMBED */
+    void *y; int64_t ld_y;
+};
+
+/* y = linear(rmsnorm(x)): the coarse form of both. scratch: [n_tokens, K] act, contents undefined afterwards. */
+struct arle_norm_linear_args {
+    uint32_t dtype, out_dtype, n_tokens;
+    float eps, w_offset;
+    const void *x; int64_t ld_x;
+    const float *norm_w;
+    const struct arle_weight *w;
+    void *y; int64_t ld_y;
+    void *scratch;
+};
+
+/* out[t,i] = round( silu(gu[t,i]) * gu[t,dim+i] ), silu(x) = x / (1 + e^-x).    gu [n_tokens, 2 dim], out [n_tokens, dim] act
+ * limit > 0: gate = min(gate, limit), up = clamp(up, -limit, limit) first. */
+struct arle_silu_mul_args {
+    uint32_t dtype, n_tokens, dim;
+    float limit;
+    const void *gu; int64_t ld_gu;
+    void *out; int64_t ld_out;
+};
+
+/* out = silu_mul( linear(rmsnorm(x), W) ), W an ARLE_W_GATE_UP weight; gate and up products are rounded to act before silu
+ * unless the op is fused; either is within tolerance, backend-cpu rounds.  scratch: [n_tokens, K + 2 I] act. */
+struct arle_gate_up_args {
+    uint32_t dtype, n_tokens;
+    float eps, w_offset, limit;
+    const void *x; int64_t ld_x;
+    const float *norm_w;                    /* NULL: x is already normed */
+    const struct arle_weight *w;
+    void *out; int64_t ld_out;
+    void *scratch;
+};
+
+/*
+ * Per token: norm of q and k heads, rotary embedding, and the write of k and v to the paged cache.
+ *   qkv[t] holds, in elements: q heads at q_off (head h at q_off + h * q_head_stride), k at k_off, v at v_off (heads adjacent)
+ *   q_h = rmsnorm(q_h, q_norm) (k likewise; NULL: no norm), rounded; then on dims [rot_off, rot_off + rot_dim):
+ *   half-split:  (a, b) = (x[j], x[j + rot_dim/2]);  interleaved: (x[2j], x[2j+1]);  angle = f32(pos) * inv_freq[j]
+ *                a' = (a cos - b sin) * rope_scale;  b' = (b cos + a sin) * rope_scale        j < rot_dim/2
+ *   q_out[t,h] = round(q);  cache K entry = round(k), V entry = round(v) in the cache dtype.
+ * An entry holds k heads then v heads: [2, n_kv, head_dim] (then the scales of a quantised dtype).
+ * q_out [n_tokens, n_q * head_dim] act. Angles and their sine and cosine with full range reduction in f32.
+ */
+struct arle_attn_prepare_args {
+    uint32_t dtype, n_q, n_kv, head_dim, rot_dim, rot_off, interleaved;
+    float eps, w_offset, rope_scale;
+    const struct arle_batch *batch;         /* host struct with device pointers; read during the call */
+    const void *qkv; int64_t ld_qkv, q_off, q_head_stride, k_off, v_off;
+    const float *q_norm, *k_norm;           /* [head_dim] f32 or NULL */
+    const float *inv_freq;                  /* [rot_dim / 2] f32 */
+    struct arle_paged kv;
+    void *q_out;
+    int32_t pos_shift;                      /* added to every position for cache addressing and angle; rows that fall below 0 are skipped */
+};
+
+/*
+ * Causal attention over the paged cache. For token t of sequence s at position p, query head h, kv head h / (n_q / n_kv):
+ *   s_j = scale * q . K_j for j in [max(0, p - window + 1), p] (window 0: all);  P = softmax(s) in f32
+ *   o = sum_j P_j V_j;  gate given: o *= sigmoid(gate[t, h]);  out = round(o)
+ * gate: element offset gate_off + h * gate_head_stride in row t of gate_src (the raw projection). pos_shift as above.
+ * scratch: at least scratch_bytes as attn_scratch() of the backend's documentation; may be NULL for backends that need none.
+ */
+struct arle_attn_paged_args {
+    uint32_t dtype, n_q, n_kv, head_dim, window;
+    float scale;
+    const struct arle_batch *batch;
+    const void *q;                          /* [n_tokens, n_q * head_dim] act */
+    struct arle_paged kv;
+    const void *gate_src; int64_t ld_gate, gate_off, gate_head_stride;
+    void *out; int64_t ld_out;
+    int32_t pos_shift;
+};
+
+/*
+ * Gated delta net, from the fused projection to the gated norm (Yang et al. 2024, arXiv:2412.06464). Columns of proj[t]:
+ *   u at u_off: q (n_k * dk), k (n_k * dk), v (n_v * dv), before the convolution; z at z_off (n_v * dv); a, b at a_off, b_off (n_v)
+ *   conv: y_c = round(silu(sum_{i<4} conv_w[c,i] u[t-3+i, c])), earlier tokens from the conv state
+ *   beta = sigmoid(b); g = -exp(A_log) softplus(a + dt_bias)                                               f32
+ *   q = q / sqrt(sum q^2 + 1e-6) / sqrt(dk), k = k / sqrt(sum k^2 + 1e-6); v head h uses k head h / (n_v / n_k)
+ *   S = e^g S; d = beta (v - S^T k); S += k d^T; o = S^T q                    S [n_v][dk][dv] f32, in token order
+ *   out[t,h] = round( o rho norm_w silu(z) ), rho = 1/sqrt(mean o^2 + eps)  (o rounded to act before the norm for bf16)
+ * State record of the layer: conv part [3][n_conv] act (oldest first; n_conv = 2 n_k dk + n_v dv), then S at s_state.
+ * A sequence whose first position is 0 finds its record zeroed.
+ */
+struct arle_gdn_args {
+    uint32_t dtype, n_k, n_v, dk, dv, conv_width;      /* conv_width 4 */
+    float eps;
+    const struct arle_batch *batch;
+    const void *proj; int64_t ld_proj, u_off, z_off, a_off, b_off;
+    const float *conv_w;                    /* [n_conv, 4] f32 */
+    const float *A_log, *dt_bias;           /* [n_v] f32 */
+    const float *norm_w;                    /* [dv] f32, plain weight */
+    struct arle_state conv_state, s_state;
+    void *out; int64_t ld_out;              /* [n_tokens, n_v * dv] act */
+    void *scratch; size_t scratch_bytes;    /* device memory for the chunked form: n_tokens * (n_conv + n_v * (dk + 2 dv + 8)) * 4 bytes suffice */
+};
+
+enum arle_moe_score { ARLE_MOE_SOFTMAX = 0, ARLE_MOE_SQRTSOFTPLUS = 1 };
+
+/*
+ * Routing. l = x W^T in f32; score: softmax over experts, or sqrt(log(1 + e^l)).
+ * Selection: the k largest of score + bias (ties: lower index), or ids = table[token id] when table is given.
+ * weights_i = score_i / (sum of selected scores) * route_scale.    ids [n_tokens, k] int32 in selection order, weights [n_tokens, k] f32.
+ */
+struct arle_moe_route_args {
+    uint32_t dtype, n_tokens, n_experts, k, score;
+    float route_scale;
+    const void *x; int64_t ld_x;
+    const struct arle_weight *router;       /* ARLE_W_LINEAR [n_experts, H] */
+    const float *bias;                      /* [n_experts] or NULL */
+    const int32_t *table;                   /* [vocab, k] or NULL */
+    const int32_t *token_ids, *sampled;     /* with table; as in embed */
+    int32_t *ids;
+    float *weights;
+    float *scratch;                         /* [n_tokens, n_experts] f32 */
+};
+
+/*
+ * Routed and shared experts.   e_i(x) = down_i( f_i ),  f_i = round( silu(gate_i x) * (up_i x) [* w_i when weight_first] )
+ *   y = round( [y +] sum_i [w_i] e_i(x)  + s * shared(x) ),  s = sigmoid(shared_gate . x) or 1 when NULL
+ * Products gate x and up x are rounded to act, the sum runs in f32 in ids order, one rounding at the end.
+ */
+struct arle_moe_experts_args {
+    uint32_t dtype, n_tokens, n_experts, k, weight_first, accumulate;
+    float limit;                            /* clamp as in silu_mul; 0 = none */
+    const void *x; int64_t ld_x;
+    const int32_t *ids; const float *weights;
+    const struct arle_weight *gate_up, *down;               /* expert roles */
+    const struct arle_weight *shared_gate_up, *shared_down; /* ARLE_W_GATE_UP, ARLE_W_LINEAR; NULL: none */
+    const float *shared_gate;               /* [H] f32 or NULL */
+    void *y; int64_t ld_y;
+    void *scratch; size_t scratch_bytes;    /* n_tokens * ((k + 1) * (3 I + H) + H) * 4 + 64 KiB bytes suffice, I = max expert width */
+};
+
+/* out[t] = x[t-1] for tokens of one sequence; the first token of a sequence takes the record's row, and the record becomes
+ * x[last].     x, out [n_tokens, dim] act; record [dim] act per slot. Zero record at position 0. */
+struct arle_seq_shift_args {
+    uint32_t dtype, dim;
+    const struct arle_batch *batch;
+    const void *x; int64_t ld_x;
+    struct arle_state record;
+    void *out; int64_t ld_out;
+};
+
+#define ARLE_MAX_TOP 20
+struct arle_bias { int32_t id; float value; };
+
+/* How one row of logits becomes a token. Order: bias and mask, penalties, temperature, top_k, top_p, min_p, draw. */
+struct arle_sample_row {
+    float temperature;              /* <= 0: argmax (ties: lower id) */
+    float top_p, min_p;             /* 1 and 0: off */
+    float repetition, presence, frequency;      /* 1, 0, 0: off. repetition sees prompt and output, the others output only */
+    int32_t top_k;                  /* 0: off */
+    int32_t target;                 /* >= 0: report this id's logprob too (prompt logprobs) */
+    uint32_t n_top;                 /* alternatives wanted, <= ARLE_MAX_TOP */
+    uint32_t n_history, n_prompt;   /* tokens so far, how many of them are prompt */
+    uint32_t n_bias;
+    uint64_t seed, counter;         /* the draw is a pure function of (seed, counter) and the row: Philox4x32-10, Salmon et al. 2011 */
+    const int32_t *history;         /* [n_history] or NULL when no penalty is on */
+    const struct arle_bias *bias;   /* [n_bias] added to logits */
+    const uint32_t *mask;           /* [ceil(vocab / 32)] allowed ids, or NULL */
+};
+
+/* Logprobs are log-softmax of the raw logits over the n_valid real ids, before bias, penalties and temperature. */
+struct arle_sample_args {
+    uint32_t n_rows, vocab, n_valid;        /* ids >= n_valid are never produced */
+    float *logits; int64_t ld;              /* [n_rows, vocab] f32; may be overwritten */
+    const struct arle_sample_row *rows;     /* [n_rows] device */
+    int32_t *ids;                           /* [n_rows] */
+    float *logprob, *target_logprob;        /* [n_rows]; NaN where no target */
+    int32_t *top_ids; float *top_logprobs;  /* [n_rows, ARLE_MAX_TOP], best first */
+    float *top_logits;                      /* [n_rows]: largest raw logit */
+    uint32_t any_top, any_draw, any_edit;   /* hints: 0 = no row wants alternatives / draws / has bias, mask or penalties */
+};
+
+#define ARLE_OP_FIELD_(name) \
+    int (*name)(struct arle_device *dev, struct arle_stream *st, const struct arle_##name##_args *a);
+struct arle_ops {
+    uint32_t struct_size;
+    ARLE_OPS_V1(ARLE_OP_FIELD_)
+};
+
+#ifdef __cplusplus
+}
+#endif
+#endif

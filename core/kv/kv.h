@@ -1,0 +1,113 @@
+/*
+ * The KV plane as the scheduler sees it: pages with reference counts, state slots, the prefix tree, snapshots and tiers.
+ * It owns all cache memory of one model and gets its memory functions from the backend at start; it includes no backend.
+ *
+ * Thread: everything here is called by the engine thread, except kv_stat (any thread). Device copies are enqueued on the
+ * compute stream, so a snapshot taken after step N is in order before step N+1 overwrites the record. Nothing here waits for
+ * a tier: what is not on the device yet is reported as pending, and the scheduler runs others meanwhile.
+ * Page 0 and slot 0 are reserved for padding rows and never handed out.
+ */
+#ifndef CORE_KV_KV_H
+#define CORE_KV_KV_H
+
+#include <arle/backend.h>
+#include <arle/kv.h>
+#include <stdbool.h>
+
+struct kv;
+struct kv_seq;
+
+struct kv_config {
+    uint32_t page_tokens;
+    uint32_t n_pages;               /* without the reserved one */
+    uint32_t n_slots;               /* running sequences at once, without the reserved one */
+    uint32_t max_seq_tokens;        /* longest sequence: sizes block tables */
+    bool prefix_cache;
+    uint64_t snapshot_bytes;        /* device budget for state snapshots */
+    uint32_t snapshot_cadence;      /* tokens between snapshots inside a long prompt, multiple of 64 */
+    uint64_t host_bytes;            /* pinned host tier, 0 = none */
+    const char *disk_dir;           /* NULL or "" = none */
+    uint64_t disk_bytes;
+    const struct arle_kv_store_api *store; void *store_ctx;     /* cluster tier or NULL */
+    const char *identity;           /* model, dtype, layout, adapter: part of every key; compared, not only hashed */
+    uint8_t secret[32];             /* server secret for salts; from a file, so that disk entries survive a restart */
+};
+
+/* Why a prompt was not reused further than it was. */
+enum kv_miss { KV_MISS_NONE, KV_MISS_OFF, KV_MISS_COLD, KV_MISS_NO_STATE, KV_MISS_EVICTED, KV_MISS_LAST_TOKEN, KV_MISS_DIVERGED };
+
+struct kv_hit {
+    uint32_t cached_tokens;         /* positions [0, cached) need no computing */
+    uint32_t from_device, from_host, from_disk, from_store;     /* tokens by tier, summing to cached_tokens */
+    uint32_t matched_tokens;        /* depth to which tokens matched (pages), >= cached_tokens */
+    enum kv_miss miss;              /* why cached_tokens stopped where it did */
+};
+
+int kv_create(struct kv **out, const struct kv_config *cfg, struct arle_device *dev, const struct arle_mem_ops *mem,
+              struct arle_stream *compute, const struct arle_cache_group *groups, uint32_t n_groups, struct arle_err *err);
+void kv_destroy(struct kv *kv);             /* flushes the disk tier */
+void kv_binding(const struct kv *kv, struct arle_cache_binding *out);
+
+/** Mixes tenant and client salt with the server secret. tenant, client: "" if none. Pure; any thread. */
+void kv_salt(const struct kv *kv, const char *tenant, const char *client, uint8_t out[16]);
+
+/**
+ * Opens a sequence over its prompt: finds the deepest usable prefix (at most n - 1 tokens, since the last token's logits
+ * are always computed), takes references on its pages and a slot, restores the state into the slot. tokens is copied.
+ * -EAGAIN: no slot or not enough pages now even after eviction (`needs` pages beyond the prefix are reserved at once for the
+ * prompt); -EINPROGRESS: a deeper prefix is being promoted from a slower tier, call again with the same arguments after
+ * kv_poll() said so; -E2BIG: longer than max_seq_tokens or than the whole pool.
+ */
+int kv_seq_open(struct kv *kv, const uint8_t salt[16], const int32_t *tokens, uint32_t n, struct kv_seq **out,
+                struct kv_hit *hit, struct arle_err *err);
+
+/** Marks a position of the prompt as worth a snapshot (end of system prompt, turn end, prompt end). Before computing it. */
+void kv_seq_mark(struct kv_seq *seq, uint32_t pos);
+
+/** The largest end <= want at which a chunk that starts at `from` should stop, so that snapshots fall on their grid; > from. */
+uint32_t kv_seq_cut(const struct kv_seq *seq, uint32_t from, uint32_t want);
+
+/** Makes sure that pages exist for positions < n_tokens. -EAGAIN when the pool is exhausted (the scheduler then parks someone). */
+int kv_seq_reserve(struct kv_seq *seq, uint32_t n_tokens);
+
+/** The engine appended a sampled token (it will be computed by a later step). */
+int kv_seq_push(struct kv_seq *seq, int32_t token);
+
+/** Positions < n are computed (enqueued on the compute stream). Full pages enter the tree; due snapshots are enqueued. */
+void kv_seq_computed(struct kv_seq *seq, uint32_t n);
+
+/** Gives the last tokens back (rejected drafts): positions >= n are forgotten. State groups must be restored by the caller. */
+void kv_seq_truncate(struct kv_seq *seq, uint32_t n);
+
+/** Ends a sequence: keep = true leaves its pages (and a final snapshot) in the tree. Work already enqueued may still touch its
+ *  pages; they are reused only behind it in the compute stream. */
+void kv_seq_close(struct kv_seq *seq, bool keep);
+
+/** Moves a running sequence away to the host tier whole, so that its slot and pages are free; it can be resumed. -ENOSPC: no room. */
+int kv_seq_park(struct kv_seq *seq);
+/** 0: back on the device; -EAGAIN: no room; -EINPROGRESS: under way. */
+int kv_seq_resume(struct kv_seq *seq);
+
+const int32_t *kv_seq_pages(const struct kv_seq *seq, uint32_t *out_n);      /* block table, host memory */
+int32_t kv_seq_slot(const struct kv_seq *seq);
+
+/** Handles finished moves. Returns how many sequences or promotions became ready. Never waits. */
+int kv_poll(struct kv *kv);
+/** Enqueues deferred page reuse and demotion work; once per step, after the step was enqueued. */
+void kv_step_end(struct kv *kv);
+
+struct kv_stats {
+    uint64_t pages_total, pages_free, pages_cached;         /* cached: in the tree, used by nobody */
+    uint64_t slots_total, slots_free;
+    uint64_t hits, hit_tokens, lookups, lookup_tokens;
+    uint64_t snapshots, snapshot_bytes, snapshots_taken, snapshots_evicted, snapshots_restored;
+    uint64_t host_bytes, disk_bytes, store_gets, store_puts, store_errors;
+    uint64_t demoted_bytes[4], promoted_bytes[4];           /* by tier: device, host, disk, store */
+    uint64_t pages_evicted, parked, resumed;
+    uint64_t disk_user_bytes, disk_written_bytes;           /* their quotient is the write amplification */
+};
+void kv_stat(const struct kv *kv, struct kv_stats *out);
+/** Drops everything that no sequence uses. */
+void kv_flush(struct kv *kv);
+
+#endif

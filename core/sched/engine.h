@@ -1,0 +1,131 @@
+/*
+ * The engine: one thread per served model that owns its sequences. Requests enter by a bounded queue, tokens leave by one
+ * single-producer single-consumer ring per request. Callers (HTTP, CLI, bench) stay text; the engine stays tokens.
+ */
+#ifndef CORE_SCHED_ENGINE_H
+#define CORE_SCHED_ENGINE_H
+
+#include <arle/model.h>
+#include <stdbool.h>
+
+struct engine;
+struct request;
+
+struct sampling {
+    float temperature, top_p, min_p;
+    int32_t top_k;
+    float repetition, presence, frequency;
+    uint64_t seed; bool has_seed;
+    const struct arle_bias *bias; uint32_t n_bias;
+    uint32_t n_top;                 /* alternatives per token, 0..ARLE_MAX_TOP; logprobs wanted when want_logprobs */
+    bool want_logprobs;
+};
+
+/* Filled by the caller; engine_submit copies what it keeps (arrays included). */
+struct request_args {
+    const int32_t *tokens; uint32_t n_tokens;
+    const uint32_t *marks; uint32_t n_marks;        /* prompt positions worth a snapshot */
+    uint32_t max_new;               /* tokens to generate at most; 0 = prompt only (echo) */
+    uint32_t n;                     /* independent answers, >= 1 */
+    struct sampling sampling;
+    const int32_t *stop_ids; uint32_t n_stop_ids;   /* end tokens; reported, not hidden */
+    bool ignore_eos;
+    bool prompt_logprobs;           /* an event per prompt token (echo with logprobs) */
+    bool drafts;                    /* report the drafter's proposals (needs a model with a drafter) */
+    int32_t priority;               /* smaller runs first */
+    const char *tenant, *cache_salt;
+    int64_t deadline_ms;            /* from submit; 0 = the configured one */
+    /* Called on the engine thread after events were pushed; must not block. */
+    void (*notify)(void *arg);
+    void *notify_arg;
+};
+
+enum token_event_kind { EV_PROMPT = 1, EV_TOKEN, EV_FINISH, EV_DRAFT };
+enum finish_reason { FINISH_NONE, FINISH_STOP, FINISH_LENGTH, FINISH_CANCELLED, FINISH_DEADLINE, FINISH_ERROR };
+
+struct token_event {
+    uint8_t kind;                   /* enum token_event_kind */
+    uint8_t finish;                 /* with EV_FINISH */
+    uint16_t n_top;
+    uint32_t index;                 /* which of the n answers */
+    int32_t id;                     /* EV_PROMPT/EV_TOKEN: token; EV_DRAFT: drafted id for position `pos` */
+    uint32_t pos;
+    float logprob;                  /* NaN when not asked or not defined (first prompt token) */
+    float top_logit;                /* largest raw logit of the row */
+    int32_t top_ids[ARLE_MAX_TOP];
+    float top_logprobs[ARLE_MAX_TOP];
+    int32_t error;                  /* EV_FINISH with FINISH_ERROR: negative errno */
+};
+
+struct request_usage {
+    uint32_t prompt_tokens, completion_tokens, cached_tokens;
+    uint32_t from_device, from_host, from_disk, from_store;
+    const char *miss;               /* why not more was cached; static text */
+    int64_t queue_us, first_token_us, total_us;
+};
+
+/**
+ * Queues a request. -EAGAIN: the queue is full (err says how many wait; *retry_after_s is a guess); -E2BIG: prompt and
+ * max_new exceed the context (param "prompt" or "max_tokens"); -EINVAL: names the parameter; -ESHUTDOWN: draining;
+ * -EIO: the device is dead. Any thread.
+ */
+int engine_submit(struct engine *e, const struct request_args *args, struct request **out, int *retry_after_s,
+                  struct arle_err *err);
+uint64_t request_id(const struct request *rq);
+
+/** Next event, or 0 when none is ready. One consumer thread per request. After the last EV_FINISH of all answers: -EPIPE. */
+int request_next(struct request *rq, struct token_event *out);
+/** Waits until an event is ready, all answers ended, or the timeout. For the CLI; HTTP uses notify. */
+int request_wait(struct request *rq, int64_t timeout_ms);
+/** Stops one answer (index) as finished by the text plane: stop string seen. FINISH_STOP is not reported again. Any thread. */
+void request_stop(struct request *rq, uint32_t index);
+/** Cancels the whole request. Any thread; idempotent. */
+void request_cancel(struct request *rq);
+/** True and final figures once every answer ended. */
+bool request_usage(const struct request *rq, struct request_usage *out);
+/** The consumer is done with it; cancels it if it still runs. The engine frees it when both sides let go. */
+void request_unref(struct request *rq);
+
+struct engine_config {
+    const char *name;                       /* served name */
+    const char *model_dir;
+    uint32_t max_seqs, max_tokens, page_tokens, max_queue, context;
+    uint64_t kv_bytes;                      /* device memory for pages and slots, 0 = a share of what is free */
+    uint64_t kv_snapshot_bytes, kv_host_bytes, kv_disk_bytes;
+    uint32_t kv_snapshot_cadence;
+    const char *kv_disk_dir, *kv_dtype, *compute;
+    const char *secret_file;
+    bool prefix_cache, random_weights, drafts, parity;
+    const struct arle_kv_store_api *store; void *store_ctx;
+    int64_t deadline_ms;
+    bool step_graphs, run_ahead;
+    const char *config_json; size_t config_len;     /* NULL: model_dir/config.json */
+    void (*progress)(void *arg, uint64_t done, uint64_t total);
+    void *progress_arg;
+};
+
+/**
+ * Opens device, weights, caches and model and starts the thread. backend and model come from the plugin registry.
+ * Everything that can be refused is refused here, with the reason.
+ */
+int engine_open(struct engine **out, const struct engine_config *cfg,
+                const struct arle_backend_api *backend, void *backend_ctx, uint32_t device_index,
+                const struct arle_model_api *model, void *model_ctx, struct arle_err *err);
+/** Stops admission, lets requests finish until deadline_ms, cancels the rest. Any thread; waits. Returns requests cut off. */
+int engine_drain(struct engine *e, int64_t deadline_ms);
+void engine_close(struct engine *e);
+const struct arle_model_desc *engine_model(const struct engine *e);
+
+struct engine_stats {
+    uint64_t steps, step_tokens, decode_rows, prefill_tokens, requests, finished, cancelled, rejected, errors, preempted;
+    uint64_t graph_launches, graph_captures, ahead_steps;
+    uint32_t running, waiting, parked;
+    uint64_t step_us_sum, plan_us_sum;
+    bool dead;
+    char dead_reason[256];
+};
+void engine_stat(const struct engine *e, struct engine_stats *out);     /* any thread; a copy made once per step */
+struct kv_stats;
+void engine_kv_stat(const struct engine *e, struct kv_stats *out);
+
+#endif
