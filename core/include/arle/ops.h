@@ -25,7 +25,8 @@ extern "C" {
 
 #define ARLE_OPS_V1(X) \
     X(embed) X(rmsnorm) X(linear) X(norm_linear) X(silu_mul) X(gate_up) X(attn_prepare) X(attn_paged) \
-    X(gdn) X(moe_route) X(moe_experts) X(seq_shift) X(sample)
+    X(gdn) X(moe_route) X(moe_experts) X(seq_shift) X(sample) \
+    X(hc_expand) X(hc_pre) X(hc_post) X(hc_head) X(head_rope) X(window_store) X(compress) X(index_select) X(attn_latent)
 
 /*
  * The batch of one step as ops see it. Sequences are numbered 0..n_seqs-1; the first n_decode of them have exactly one
@@ -263,6 +264,147 @@ struct arle_sample_args {
     int32_t *top_ids; float *top_logprobs;  /* [n_rows, ARLE_MAX_TOP], best first */
     float *top_logits;                      /* [n_rows]: largest raw logit */
     uint32_t any_top, any_draw, any_edit;   /* hints: 0 = no row wants alternatives / draws / has bias, mask or penalties */
+};
+
+/*
+ * ---- compressed, windowed and indexed attention; hyper-connections --------------------------------------------------
+ * These ops serve decoders with several residual streams and one latent key/value vector per token (DeepSeek-AI 2026,
+ * arXiv:2606.19348). A model without them never calls them; a backend may leave them NULL.
+ */
+
+/* Simulated quantisation of a vector after other work on it; the values stay in act, on the quantised grid. */
+enum arle_fake_quant {
+    ARLE_FQ_NONE = 0,
+    ARLE_FQ_FP8 = 1,        /* E4M3, blocks of `block`: s = 2^ceil(log2(max(amax, 1e-4) / 448)), x = e4m3(x / s) * s */
+    ARLE_FQ_FP4_HADAMARD = 2,   /* x = H x / sqrt(n) (Sylvester order, n a power of two) first, then E2M1, blocks of 32, s from amax / 6 */
+};
+
+/* out[t, s, :] = x[t, :] for s < streams.    x [n_tokens, dim] act, out [n_tokens, streams * dim] act */
+struct arle_hc_expand_args {
+    uint32_t dtype, n_tokens, dim, streams;
+    const void *x; int64_t ld_x;
+    void *out;
+};
+
+/*
+ * Mixing coefficients of a hyper-connection and the input of the wrapped layer. S = streams, X = x[t] as [S, dim].
+ *   r = 1/sqrt(mean(X^2) + norm_eps) over S*dim;   mix[o] = (fn[o] . X) r,  o < (2 + S) S
+ *   pre_j  = sigmoid(mix[j] scale[0] + base[j]) + eps
+ *   post_j = 2 sigmoid(mix[S+j] scale[1] + base[S+j])
+ *   A[j][k] = mix[2S + S j + k] scale[2] + base[2S + S j + k];  A = softmax over k (row) + eps;  A /= column sum + eps;
+ *             then iters-1 times: A /= row sum + eps; A /= column sum + eps
+ *   u[t] = round( sum_j pre_j X_j );  coef[t] = post[S], A[S][S]
+ * x [n_tokens, S*dim] act; fn [(2+S)S, S*dim], base [(2+S)S], scale [3] f32; u [n_tokens, dim] act; coef [n_tokens, S + S*S] f32.
+ */
+struct arle_hc_pre_args {
+    uint32_t dtype, n_tokens, dim, streams, iters;
+    float norm_eps, eps;
+    const void *x;
+    const float *fn, *base, *scale;
+    void *u;
+    float *coef;
+};
+
+/* X_k <- round( post_k f + sum_j A[j][k] X_j ), in place.    f [n_tokens, dim] act, coef from hc_pre */
+struct arle_hc_post_args {
+    uint32_t dtype, n_tokens, dim, streams;
+    void *x;
+    const void *f;
+    const float *coef;
+};
+
+/* r as in hc_pre; p_j = sigmoid((fn[j] . X) r scale[0] + base[j]) + eps;  out[t] = round( sum_j p_j X_j ), X = x[rows ? rows[t] : t].
+ * fn [S, S*dim], base [S], scale [1] f32 */
+struct arle_hc_head_args {
+    uint32_t dtype, n_tokens, dim, streams;
+    float norm_eps, eps;
+    const void *x; const int32_t *rows;
+    const float *fn, *base, *scale;
+    void *out;
+};
+
+/*
+ * Per head, in place: optional RMS norm (norm 1: no weight, 2: with weight w), rotary embedding of dims
+ * [head_dim - rot_dim, head_dim) in neighbouring pairs (x[2j], x[2j+1]) by angle f32(pos) * inv_freq[j], negated when
+ * inverse; then simulated quantisation: ARLE_FQ_FP8 of dims [0, head_dim - rot_dim) in blocks of 64 (whole when narrower),
+ * or ARLE_FQ_FP4_HADAMARD of the whole head. Rounded to act after the norm, after the rotation and after quantising.
+ * x [n_tokens, n_heads * head_dim] act with row stride ld_x
+ */
+struct arle_head_rope_args {
+    uint32_t dtype, n_tokens, n_heads, head_dim, rot_dim, norm, inverse, quant;
+    float eps;
+    void *x; int64_t ld_x;
+    const float *w;
+    const float *inv_freq;          /* [rot_dim / 2] */
+    const int32_t *pos;             /* [n_tokens] */
+};
+
+/* Keeps the last `window` rows of each sequence: row of position p goes to ring place p % window of the record.
+ * x [n_tokens, dim] act; record [window, dim] act. Runs after the attention of the same step, which reads older rows. */
+struct arle_window_store_args {
+    uint32_t dtype, dim, window;
+    const struct arle_batch *batch;
+    const void *x; int64_t ld_x;
+    struct arle_state ring;
+};
+
+/*
+ * Pools every `ratio` tokens into one cache entry.   proj[t] f32: kv (c * dim) then gate (c * dim), c = overlap ? 2 : 1
+ *   g = gate + ape[p mod ratio];  rows are kept in the record until their group is complete (p mod ratio == ratio - 1)
+ *   overlap 0: entry w = sum over the group's rows of softmax(g) * kv, per channel
+ *   overlap 1: columns [0, dim) of the previous group's rows and [dim, 2 dim) of this group's (w = 0: this group's only)
+ *   e = round(e); e = rmsnorm(e, norm_w); rotary embedding of its last rot_dim dims at position w * ratio (pairs as head_rope);
+ *   simulated quantisation as head_rope; stored as entry w of the page of position w * ratio:
+ *   base + block_table[w * ratio / page_tokens] * page_stride + offset + (w % (page_tokens / ratio)) * entry_stride
+ * ape [ratio, c * dim] f32; record f32 [2][c * ratio][c * dim] (kv rows, then g rows; overlap: the first `ratio` rows are the previous group).
+ */
+struct arle_compress_args {
+    uint32_t dtype, dim, ratio, overlap, rot_dim, quant;
+    float eps;
+    const struct arle_batch *batch;
+    const float *proj; int64_t ld_proj;
+    const float *ape, *norm_w, *inv_freq;
+    struct arle_state record;
+    struct arle_paged out;          /* dtype act */
+};
+
+/*
+ * Chooses cache entries for each query. Visible entries of position p: c < n = floor((p + 1) / ratio).
+ *   score_c = sum_h relu(q_h . key_c) * weight_h * scale;  the min(topk, n) largest (ties: lower c), ascending by c.
+ *   n <= topk: all, without scoring.
+ * q [n_tokens, n_heads * dim] act; weight [n_tokens, n_heads] f32 (ld_weight); sel [n_tokens, topk] int32, n_sel [n_tokens].
+ * round_scores 1: dots, products, and the sum over heads are each rounded to bf16.  scratch: [max_ctx / ratio + 1] f32 per thread
+ * is the backend's own.
+ */
+struct arle_index_select_args {
+    uint32_t dtype, n_heads, dim, ratio, topk, round_scores;
+    float scale;
+    const struct arle_batch *batch;
+    const void *q; int64_t ld_q;
+    const float *weight; int64_t ld_weight;
+    struct arle_paged keys;
+    int32_t *sel, *n_sel;
+};
+
+/*
+ * Attention with one latent vector per token that is key and value of every head. Keys of the query at position p, in order:
+ *   window rows of positions max(0, p - window + 1)..p: from kv_new for tokens of this step, else from the ring;
+ *   then compressed entries: those in sel[t, 0..n_sel[t]), or all c < floor((p + 1) / ratio) when sel is NULL; none when ratio is 0.
+ *   s = scale q . key;  M = max s;  e = exp(s - M);  o = sum e key / (sum e + exp(sink_h - M)), rounded
+ * then rotary embedding of the last rot_dim dims of o by -pos (pairs as head_rope), rounded.
+ * q, out [n_tokens, n_heads * dim] act; kv_new [n_tokens, dim] act; sink [n_heads] f32.
+ */
+struct arle_attn_latent_args {
+    uint32_t dtype, n_heads, dim, window, ratio, topk, rot_dim;
+    float scale;
+    const struct arle_batch *batch;
+    const void *q; int64_t ld_q;
+    const void *kv_new; int64_t ld_kv;
+    struct arle_state ring;
+    struct arle_paged entries;
+    const int32_t *sel, *n_sel;
+    const float *sink, *inv_freq;
+    void *out; int64_t ld_out;
 };
 
 #define ARLE_OP_FIELD_(name) \
