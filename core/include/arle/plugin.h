@@ -28,6 +28,9 @@ enum arle_plugin_kind {
 #define ARLE_NEED_ENGINE_THREAD (1ull << 0)   /* all calls after open come from one engine thread */
 #define ARLE_NEEDS_KNOWN (ARLE_NEED_ENGINE_THREAD)
 
+/* `caps` bits. */
+#define ARLE_CAP_ACCELERATOR (1ull << 0)      /* backend with devices of their own: chosen before others by backend = auto */
+
 enum arle_conf_type {
     ARLE_CONF_STR = 1, ARLE_CONF_BOOL, ARLE_CONF_I64, ARLE_CONF_F64,
     ARLE_CONF_BYTES,            /* 512, 64KiB, 16MiB, 20GiB, 1TB */
@@ -36,6 +39,7 @@ enum arle_conf_type {
 };
 
 #define ARLE_CONF_RELOAD 1u     /* may change while running */
+#define ARLE_CONF_SECRET 2u     /* never printed */
 
 /* One configuration key; rows with the same layout serve the core's own keys. A table ends with name == NULL. */
 struct arle_conf_key {
