@@ -52,6 +52,7 @@ struct arle_model_desc {
     uint64_t step_weight_bytes;     /* weight bytes that one decode row must read (active experts only), for roofline figures */
     uint64_t n_params;
     const char *arch;               /* architecture name for people */
+    const char *chat_options;       /* JSON object of this checkpoint's chat defaults: the host fills absent keys of "options" from it */
 };
 
 #define ARLE_STEP_DRAFTS 1u         /* run the drafter over the step's tokens */

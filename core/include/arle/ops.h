@@ -148,7 +148,7 @@ struct arle_attn_prepare_args {
 
 /*
  * Causal attention over the paged cache. For token t of sequence s at position p, query head h, kv head h / (n_q / n_kv):
- *   s_j = scale * q . K_j for j in [max(0, p - window + 1), p] (window 0: all);  P = softmax(s) in f32
+ *   s_j = scale * q . K_j for j in [max(first, p - window + 1), p] (window 0: [first, p]);  P = softmax(s) in f32
  *   o = sum_j P_j V_j;  gate given: o *= sigmoid(gate[t, h]);  out = round(o)
  * gate: element offset gate_off + h * gate_head_stride in row t of gate_src (the raw projection). pos_shift as above.
  * scratch: at least scratch_bytes as attn_scratch() of the backend's documentation; may be NULL for backends that need none.
@@ -162,6 +162,7 @@ struct arle_attn_paged_args {
     const void *gate_src; int64_t ld_gate, gate_off, gate_head_stride;
     void *out; int64_t ld_out;
     int32_t pos_shift;
+    int32_t first;                          /* entries at positions below it are not attended; a token that attends none gives zeros */
 };
 
 /*
@@ -264,6 +265,7 @@ struct arle_sample_args {
     int32_t *top_ids; float *top_logprobs;  /* [n_rows, ARLE_MAX_TOP], best first */
     float *top_logits;                      /* [n_rows]: largest raw logit */
     uint32_t any_top, any_draw, any_edit;   /* hints: 0 = no row wants alternatives / draws / has bias, mask or penalties */
+    const int32_t *pos;                     /* [n_rows] or NULL: rows with pos <= 0 give id -1, whatever their logits (drafts) */
 };
 
 /*
