@@ -17,6 +17,10 @@
 struct kv;
 struct kv_seq;
 
+#define KV_SALT_BYTES 32        /* 16 of the tenant, 16 of the client's narrowing; opaque to callers */
+
+enum kv_fsync { KV_FSYNC_COMMIT = 0, KV_FSYNC_NEVER = 1 };
+
 struct kv_config {
     uint32_t page_tokens;
     uint32_t n_pages;               /* without the reserved one */
@@ -31,6 +35,15 @@ struct kv_config {
     const struct arle_kv_store_api *store; void *store_ctx;     /* cluster tier or NULL */
     const char *identity;           /* model, dtype, layout, adapter: part of every key; compared, not only hashed */
     uint8_t secret[32];             /* server secret for salts; from a file, so that disk entries survive a restart */
+    /* From here on 0 means the default in brackets. */
+    uint32_t snapshot_align;        /* snapshots of a prompt fall on multiples of this [64]; so do chunk borders */
+    bool strict;                    /* remember prefilled tokens only: warm equals cold bit for bit also where a backend rounds
+                                     * differently when it decodes; costs recomputing the last answer each turn [false] */
+    uint32_t tenant_quota_pct;      /* share of the cached device and host pages one tenant may hold [100] */
+    uint32_t host_state_pct;        /* share of the host tier for state records, the rest is for pages [50] */
+    uint32_t disk_fsync;            /* enum kv_fsync: sync at every commit (survives power loss), or leave it to the kernel */
+    uint32_t store_deadline_ms;     /* one batch to the cluster tier may take this long [250] */
+    uint64_t store_min_bytes_s;     /* the cluster tier is left alone while it measures slower than this [1 MB/s] */
 };
 
 /* Why a prompt was not reused further than it was. */
@@ -49,7 +62,7 @@ void kv_destroy(struct kv *kv);             /* flushes the disk tier */
 void kv_binding(const struct kv *kv, struct arle_cache_binding *out);
 
 /** Mixes tenant and client salt with the server secret. tenant, client: "" if none. Pure; any thread. */
-void kv_salt(const struct kv *kv, const char *tenant, const char *client, uint8_t out[16]);
+void kv_salt(const struct kv *kv, const char *tenant, const char *client, uint8_t out[KV_SALT_BYTES]);
 
 /**
  * Opens a sequence over its prompt: finds the deepest usable prefix (at most n - 1 tokens, since the last token's logits
@@ -58,13 +71,18 @@ void kv_salt(const struct kv *kv, const char *tenant, const char *client, uint8_
  * prompt); -EINPROGRESS: a deeper prefix is being promoted from a slower tier, call again with the same arguments after
  * kv_poll() said so; -E2BIG: longer than max_seq_tokens or than the whole pool.
  */
-int kv_seq_open(struct kv *kv, const uint8_t salt[16], const int32_t *tokens, uint32_t n, struct kv_seq **out,
+int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t *tokens, uint32_t n, struct kv_seq **out,
                 struct kv_hit *hit, struct arle_err *err);
 
 /** Marks a position of the prompt as worth a snapshot (end of system prompt, turn end, prompt end). Before computing it. */
 void kv_seq_mark(struct kv_seq *seq, uint32_t pos);
 
-/** The largest end <= want at which a chunk that starts at `from` should stop, so that snapshots fall on their grid; > from. */
+/**
+ * Where a chunk that starts at `from` and could run to `want` must stop: at the next snapshot position, at the prompt's end, or
+ * at the largest multiple of snapshot_align <= want. The result is `from` when want reaches none of these: leave the sequence
+ * out of this step (so that chunk borders are absolute and warm equals cold). A step must be able to give snapshot_align tokens
+ * to one sequence. Positions past the prompt are not cut.
+ */
 uint32_t kv_seq_cut(const struct kv_seq *seq, uint32_t from, uint32_t want);
 
 /** Makes sure that pages exist for positions < n_tokens. -EAGAIN when the pool is exhausted (the scheduler then parks someone). */
@@ -73,15 +91,22 @@ int kv_seq_reserve(struct kv_seq *seq, uint32_t n_tokens);
 /** The engine appended a sampled token (it will be computed by a later step). */
 int kv_seq_push(struct kv_seq *seq, int32_t token);
 
-/** Positions < n are computed (enqueued on the compute stream). Full pages enter the tree; due snapshots are enqueued. */
+/**
+ * Positions < n are computed (enqueued on the compute stream) and final: they will not be truncated, and the slot's records
+ * hold the state after exactly n tokens in stream order. Full pages enter the tree; due snapshots are enqueued. n may run ahead
+ * of the pushed tokens when the engine does; what is not pushed yet is remembered once it is.
+ */
 void kv_seq_computed(struct kv_seq *seq, uint32_t n);
 
-/** Gives the last tokens back (rejected drafts): positions >= n are forgotten. State groups must be restored by the caller. */
+/** Gives the last tokens back (rejected drafts): positions >= n are forgotten; n >= what was reported as computed. State
+ *  groups must be restored by the caller, before it reports the position as computed. */
 void kv_seq_truncate(struct kv_seq *seq, uint32_t n);
 
 /** Ends a sequence: keep = true leaves its pages (and a final snapshot) in the tree. Work already enqueued may still touch its
  *  pages; they are reused only behind it in the compute stream. */
 void kv_seq_close(struct kv_seq *seq, bool keep);
+
+const int32_t *kv_seq_tokens(const struct kv_seq *seq, uint32_t *out_n);     /* prompt and pushed tokens */
 
 /** Moves a running sequence away to the host tier whole, so that its slot and pages are free; it can be resumed. -ENOSPC: no room. */
 int kv_seq_park(struct kv_seq *seq);
@@ -107,7 +132,15 @@ struct kv_stats {
     uint64_t disk_user_bytes, disk_written_bytes;           /* their quotient is the write amplification */
 };
 void kv_stat(const struct kv *kv, struct kv_stats *out);
-/** Drops everything that no sequence uses. */
+/** Drops everything that no sequence uses, from every local tier. */
 void kv_flush(struct kv *kv);
+
+/** The engine reports how fast it prefills (tokens computed in how long); promotion is weighed against it. */
+void kv_report_prefill(struct kv *kv, uint32_t n_tokens, int64_t us);
+
+/** Waits until every queued move is done, or the deadline: for tests, drain and shutdown; not while stepping. -ETIMEDOUT. */
+int kv_settle(struct kv *kv, int64_t deadline_ms);
+
+const char *kv_miss_text(enum kv_miss miss);        /* static text for usage and logs */
 
 #endif

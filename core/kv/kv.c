@@ -1,0 +1,184 @@
+/*
+ * Life and books of the KV plane: allocation of all cache memory, the binding for the model, salts, statistics.
+ * Sequences are in kv_seq.c.
+ */
+#include "kv/kv_int.h"
+
+#include <stdlib.h>
+
+static int check_config(const struct kv_config *c, const struct arle_cache_group *g, uint32_t n_groups, struct arle_err *err)
+{
+    if (n_groups == 0 || n_groups > ARLE_MAX_CACHE_GROUPS)
+        return arle_err_set(err, -EINVAL, "a model must have 1 to %d cache groups, this one has %u", ARLE_MAX_CACHE_GROUPS, n_groups);
+    if (c->page_tokens == 0 || c->page_tokens > 4096)
+        return arle_err_param(err, -EINVAL, "page_tokens", "page_tokens is %u, must be 1 to 4096", c->page_tokens);
+    if (c->n_pages == 0 || c->n_pages > INT32_MAX / 2)
+        return arle_err_param(err, -EINVAL, "n_pages", "%u cache pages", c->n_pages);
+    if (c->n_slots == 0 || c->n_slots > 1u << 20)
+        return arle_err_param(err, -EINVAL, "n_slots", "%u sequence slots", c->n_slots);
+    if (c->max_seq_tokens == 0 || c->max_seq_tokens > INT32_MAX / 2)
+        return arle_err_param(err, -EINVAL, "max_seq_tokens", "longest sequence of %u tokens", c->max_seq_tokens);
+    for (uint32_t i = 0; i < n_groups; i++) {
+        bool paged = g[i].kind == ARLE_CACHE_PAGED;
+        if (!paged && g[i].kind != ARLE_CACHE_STATE && g[i].kind != ARLE_CACHE_WINDOW)
+            return arle_err_param(err, -EINVAL, g[i].name, "cache group of unknown kind %u", g[i].kind);
+        if ((paged ? g[i].page_bytes : g[i].record_bytes) == 0)
+            return arle_err_param(err, -EINVAL, g[i].name, "cache group without bytes");
+        if (paged && g[i].tokens_per_entry != 0 && c->page_tokens % g[i].tokens_per_entry != 0)
+            return arle_err_param(err, -EINVAL, "page_tokens", "page_tokens %u is no multiple of the %u tokens per entry of group %s",
+                                  c->page_tokens, g[i].tokens_per_entry, g[i].name);
+    }
+    return 0;
+}
+
+static int alloc_groups(struct kv *kv, struct arle_err *err)
+{
+    for (uint32_t i = 0; i < kv->n_groups; i++) {
+        const struct arle_cache_group *g = &kv->group[i];
+        size_t bytes, count = group_is_paged(g) ? (size_t)kv->cfg.n_pages + 1 : (size_t)kv->cfg.n_slots + 1;
+        if (arle_mul_size(&bytes, count, group_is_paged(g) ? g->page_bytes : g->record_bytes) < 0)
+            return arle_err_param(err, -EOVERFLOW, g->name, "cache group %s is too large", g->name);
+        int r = kv->mem->alloc(kv->dev, ARLE_MEM_DEVICE, bytes, &kv->base[i], err);
+        if (r < 0)
+            return r;
+        if (group_is_paged(g))
+            kv->page_total += g->page_bytes;
+        else
+            kv->state_total += g->record_bytes;
+    }
+    kv->has_state = kv->state_total > 0;
+    return 0;
+}
+
+int kv_create(struct kv **out, const struct kv_config *cfg, struct arle_device *dev, const struct arle_mem_ops *mem,
+              struct arle_stream *compute, const struct arle_cache_group *groups, uint32_t n_groups, struct arle_err *err)
+{
+    int r = check_config(cfg, groups, n_groups, err);
+    if (r < 0)
+        return r;
+    struct kv *kv = calloc(1, sizeof *kv);
+    if (kv == NULL)
+        return arle_err_set(err, -ENOMEM, "no memory for the KV plane");
+    kv->cfg = *cfg;
+    kv->dev = dev;
+    kv->mem = mem;
+    kv->compute = compute;
+    kv->n_groups = n_groups;
+    memcpy(kv->group, groups, n_groups * sizeof *groups);
+    kv->pt = cfg->page_tokens;
+    kv->max_pages = pages_for(kv, cfg->max_seq_tokens);
+    if (kv->cfg.snapshot_align == 0)
+        kv->cfg.snapshot_align = 64;
+    kv->identity = strdup(cfg->identity != NULL ? cfg->identity : "");
+    kv->disk_dir = strdup(cfg->disk_dir != NULL ? cfg->disk_dir : "");
+    if (kv->identity == NULL || kv->disk_dir == NULL)
+        r = arle_err_set(err, -ENOMEM, "no memory for the KV plane");
+    if (r == 0 && (page_pool_init(&kv->pages, 1, cfg->n_pages) < 0 || page_pool_init(&kv->slots, 1, cfg->n_slots) < 0))
+        r = arle_err_set(err, -ENOMEM, "no memory for the books of %u cache pages", cfg->n_pages);
+    if (r == 0)
+        r = alloc_groups(kv, err);
+    if (r < 0) {
+        kv_destroy(kv);
+        return r;
+    }
+    kv_publish_stats(kv);
+    *out = kv;
+    return 0;
+}
+
+static void seq_list_free(struct kv_seq *s)
+{
+    while (s != NULL) {
+        struct kv_seq *next = s->next;
+        free(s->tokens);
+        free(s->pages);
+        free(s);
+        s = next;
+    }
+}
+
+void kv_destroy(struct kv *kv)
+{
+    if (kv == NULL)
+        return;
+    seq_list_free(kv->seqs);
+    seq_list_free(kv->spare);
+    for (uint32_t i = 0; i < kv->n_groups; i++)
+        if (kv->base[i] != NULL)
+            kv->mem->free(kv->dev, ARLE_MEM_DEVICE, kv->base[i]);
+    page_pool_fini(&kv->pages);
+    page_pool_fini(&kv->slots);
+    free(kv->identity);
+    free(kv->disk_dir);
+    free(kv);
+}
+
+void kv_binding(const struct kv *kv, struct arle_cache_binding *out)
+{
+    *out = (struct arle_cache_binding){ .struct_size = sizeof *out, .n_groups = kv->n_groups };
+    for (uint32_t i = 0; i < kv->n_groups; i++) {
+        out->group[i].base = kv->base[i];
+        out->group[i].stride = group_is_paged(&kv->group[i]) ? kv->group[i].page_bytes : kv->group[i].record_bytes;
+    }
+}
+
+static void salt_half(const struct kv *kv, const char *what, const char *text, uint8_t out[16])
+{
+    struct kv_blake b;
+    kv_blake_init(&b, 16, kv->cfg.secret, sizeof kv->cfg.secret);
+    kv_blake_update(&b, what, strlen(what) + 1);
+    kv_blake_update(&b, text != NULL ? text : "", strlen(text != NULL ? text : ""));
+    kv_blake_final(&b, out);
+}
+
+void kv_salt(const struct kv *kv, const char *tenant, const char *client, uint8_t out[KV_SALT_BYTES])
+{
+    salt_half(kv, "tenant", tenant, out);
+    salt_half(kv, "client", client, out + 16);
+}
+
+void kv_publish_stats(struct kv *kv)
+{
+    struct kv_stats s = kv->st;
+    s.pages_total = kv->pages.n;
+    s.pages_free = kv->pages.n_free;
+    s.slots_total = kv->slots.n;
+    s.slots_free = kv->slots.n_free;
+    uint64_t words[sizeof s / sizeof(uint64_t)];
+    memcpy(words, &s, sizeof s);
+    /* Odd while writing. Pairs with the loads in kv_stat: a reader that saw the same even number twice has a whole copy. */
+    uint32_t seq = atomic_load_explicit(&kv->pub_seq, memory_order_relaxed);
+    atomic_store_explicit(&kv->pub_seq, seq + 1, memory_order_relaxed);
+    atomic_thread_fence(memory_order_release);
+    for (size_t i = 0; i < sizeof s / sizeof(uint64_t); i++)
+        atomic_store_explicit(&kv->pub[i], words[i], memory_order_relaxed);
+    atomic_store_explicit(&kv->pub_seq, seq + 2, memory_order_release);
+}
+
+void kv_stat(const struct kv *kv, struct kv_stats *out)
+{
+    uint64_t words[sizeof *out / sizeof(uint64_t)];
+    uint32_t before, after;
+    do {
+        before = atomic_load_explicit(&kv->pub_seq, memory_order_acquire);
+        for (size_t i = 0; i < sizeof *out / sizeof(uint64_t); i++)
+            words[i] = atomic_load_explicit(&kv->pub[i], memory_order_relaxed);
+        atomic_thread_fence(memory_order_acquire);
+        after = atomic_load_explicit(&kv->pub_seq, memory_order_relaxed);
+    } while (before != after || (before & 1) != 0);
+    memcpy(out, words, sizeof *out);
+}
+
+const char *kv_miss_text(enum kv_miss miss)
+{
+    switch (miss) {
+    case KV_MISS_NONE: return "none";
+    case KV_MISS_OFF: return "prefix cache is off";
+    case KV_MISS_COLD: return "prompt not seen before";
+    case KV_MISS_NO_STATE: return "no state snapshot at the point of divergence";
+    case KV_MISS_EVICTED: return "evicted";
+    case KV_MISS_LAST_TOKEN: return "last token is always computed";
+    case KV_MISS_DIVERGED: return "prompt diverges from what is remembered";
+    }
+    return "unknown";
+}
