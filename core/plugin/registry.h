@@ -81,8 +81,4 @@ int registry_model(struct registry *reg, const char *config_json, size_t len, co
 const char *plugin_kind_name(uint32_t kind);
 const struct arle_host *plugin_host(void);      /* what plugins of this process are given */
 
-/** Judges one file as registry_open does, without a configuration. out is released with judgement_free. */
-int plugin_judge_file(const char *path, int64_t timeout_ms, struct plugin_info **out, struct arle_err *err);
-void plugin_info_free(struct plugin_info *info);
-
 #endif
