@@ -125,7 +125,7 @@ bool tokenizer_is_added(const struct tokenizer *tok, int32_t id);
 /** True if open took the parsed form from the cache. For tests and for the start-up log line. */
 bool tokenizer_from_cache(const struct tokenizer *tok);
 
-/** Name of the pre-tokeniser in use, for logs: "split-lm", "split-l", "digits3-cjk", "bytelevel", "pcre2", ... */
+/** Name of the pre-tokeniser in use, for logs: "split-lm", "split-l", "digits3-cjk-ps", "bytelevel", "pcre2", ... */
 const char *tokenizer_pretok_name(const struct tokenizer *tok);
 
 #endif
