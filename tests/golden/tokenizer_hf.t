@@ -121,10 +121,12 @@ def flagged():
 def whole():
     doc = copy.deepcopy(BASE)
     doc["model"]["ignore_merges"] = True
-    # An entry no merge leads to: only ignore_merges can produce it.
-    for text in ("\u0120quick", "brown", "\u0120lazy"):
-        if text not in doc["model"]["vocab"]:
-            doc["model"]["vocab"][text] = 5000 + len(text)
+    # Entries no merge leads to, which only ignore_merges can produce. The reference numbers added tokens after the vocabulary.
+    vocab = doc["model"]["vocab"]
+    new = [w for w in ("\u0120quick", "brown", "\u0120lazy", "\u0120jumps", "O'Clock") if w not in vocab]
+    vocab.update({w: len(vocab) + i for i, w in enumerate(new)})
+    for t in doc["added_tokens"]:
+        t["id"] += len(new)
     return doc
 
 
