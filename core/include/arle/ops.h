@@ -375,7 +375,7 @@ struct arle_compress_args {
  *   score_c = sum_h relu(q_h . key_c) * weight_h * scale;  the min(topk, n) largest (ties: lower c), ascending by c.
  *   n <= topk: all, without scoring.
  * q [n_tokens, n_heads * dim] act; weight [n_tokens, n_heads] f32 (ld_weight); sel [n_tokens, topk] int32, n_sel [n_tokens].
- * round_scores 1: dots, products, and the sum over heads are each rounded to bf16.  scratch: [max_ctx / ratio + 1] f32 per thread
+ * round_scores 1: weights, dots, products, and the sum over heads are each rounded to bf16.  scratch: [max_ctx / ratio + 1] f32 per thread
  * is the backend's own.
  */
 struct arle_index_select_args {
@@ -390,7 +390,7 @@ struct arle_index_select_args {
 
 /*
  * Attention with one latent vector per token that is key and value of every head. Keys of the query at position p, in order:
- *   window rows of positions max(0, p - window + 1)..p: from kv_new for tokens of this step, else from the ring;
+ *   window rows of positions max(first_key, p - window + 1)..p: from kv_new for tokens of this step, else from the ring;
  *   then compressed entries: those in sel[t, 0..n_sel[t]), or all c < floor((p + 1) / ratio) when sel is NULL; none when ratio is 0.
  *   s = scale q . key;  M = max s;  e = exp(s - M);  o = sum e key / (sum e + exp(sink_h - M)), rounded
  * then rotary embedding of the last rot_dim dims of o by -pos (pairs as head_rope), rounded.
@@ -398,6 +398,7 @@ struct arle_index_select_args {
  */
 struct arle_attn_latent_args {
     uint32_t dtype, n_heads, dim, window, ratio, topk, rot_dim;
+    int32_t first_key;              /* positions below it have no window row (0: all have); a query without keys gives 0 */
     float scale;
     const struct arle_batch *batch;
     const void *q; int64_t ld_q;

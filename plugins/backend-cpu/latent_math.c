@@ -1,0 +1,157 @@
+/* See latent_math.h. */
+#include "latent_math.h"
+#include "cpu.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static float bf16_to_f32(uint16_t v)
+{
+    uint32_t b = (uint32_t)v << 16;
+    float f;
+    memcpy(&f, &b, sizeof f);
+    return f;
+}
+
+static uint16_t f32_to_bf16(float f)
+{
+    uint32_t b;
+    memcpy(&b, &f, sizeof b);
+    if ((b & 0x7fffffff) > 0x7f800000)
+        return (uint16_t)(b >> 16 | 0x40);
+    return (uint16_t)((b + 0x7fff + (b >> 16 & 1)) >> 16);
+}
+
+void lat_load(uint32_t dtype, const void *src, size_t at, float *dst, size_t n)
+{
+    if (dtype == ARLE_F32) {
+        memcpy(dst, (const float *)src + at, n * sizeof *dst);
+        return;
+    }
+    const uint16_t *s = (const uint16_t *)src + at;
+    for (size_t i = 0; i < n; i++)
+        dst[i] = bf16_to_f32(s[i]);
+}
+
+void lat_store(uint32_t dtype, void *dst, size_t at, const float *src, size_t n)
+{
+    if (dtype == ARLE_F32) {
+        memcpy((float *)dst + at, src, n * sizeof *src);
+        return;
+    }
+    uint16_t *d = (uint16_t *)dst + at;
+    for (size_t i = 0; i < n; i++)
+        d[i] = f32_to_bf16(src[i]);
+}
+
+void lat_round(uint32_t dtype, float *x, size_t n)
+{
+    if (dtype == ARLE_F32)
+        return;
+    for (size_t i = 0; i < n; i++)
+        x[i] = bf16_to_f32(f32_to_bf16(x[i]));
+}
+
+void lat_rmsnorm(uint32_t dtype, float *x, uint32_t n, float eps, const float *w)
+{
+    float sum = 0;
+    for (uint32_t i = 0; i < n; i++)
+        sum += x[i] * x[i];
+    float r = 1.0f / sqrtf(sum / (float)n + eps);
+    for (uint32_t i = 0; i < n; i++)
+        x[i] = w ? w[i] * (x[i] * r) : x[i] * r;
+    lat_round(dtype, x, n);
+}
+
+void lat_rope(uint32_t dtype, float *x, uint32_t rot_dim, int32_t pos, const float *inv_freq, uint32_t inverse)
+{
+    for (uint32_t j = 0; j < rot_dim / 2; j++) {
+        float angle = (float)pos * inv_freq[j], c = cosf(angle), s = inverse ? -sinf(angle) : sinf(angle);
+        float a = x[2 * j], b = x[2 * j + 1];
+        x[2 * j] = a * c - b * s;
+        x[2 * j + 1] = a * s + b * c;
+    }
+    lat_round(dtype, x, rot_dim);
+}
+
+float lat_e4m3_round(float x)
+{
+    float m = fabsf(x);
+    if (isnan(x))
+        return x;
+    if (m >= 448.0f)
+        return copysignf(448.0f, x);
+    int e;
+    frexpf(m, &e);                                  /* m = f * 2^e, f in [0.5, 1) */
+    int q = e - 1 < -6 ? -9 : e - 1 - 3;            /* three mantissa bits; subnormals step by 2^-9 */
+    return copysignf(ldexpf(nearbyintf(ldexpf(m, -q)), q), x);
+}
+
+float lat_e2m1_round(float x)
+{
+    float m = fminf(fabsf(x), 6.0f);
+    float step = m < 2.0f ? 0.5f : m < 4.0f ? 1.0f : 2.0f;
+    return copysignf(nearbyintf(m / step) * step, x);
+}
+
+float lat_pow2_scale(float amax, float inv_top)
+{
+    uint32_t b;
+    float t = amax * inv_top;
+    memcpy(&b, &t, sizeof b);
+    int e = (int)(b >> 23 & 255) - 127 + ((b & 0x7fffff) != 0);
+    return ldexpf(1.0f, e);
+}
+
+void lat_quant_fp8(float *x, size_t n, size_t block)
+{
+    for (size_t at = 0; at < n; at += block) {
+        size_t len = n - at < block ? n - at : block;
+        float amax = 1e-4f;
+        for (size_t i = 0; i < len; i++)
+            amax = fmaxf(amax, fabsf(x[at + i]));
+        float s = lat_pow2_scale(amax, 1.0f / 448.0f);
+        for (size_t i = 0; i < len; i++)
+            x[at + i] = lat_e4m3_round(x[at + i] / s) * s;
+    }
+}
+
+void lat_quant_fp4(float *x, size_t n)
+{
+    for (size_t at = 0; at < n; at += 32) {
+        size_t len = n - at < 32 ? n - at : 32;
+        float amax = ldexpf(6.0f, -126);
+        for (size_t i = 0; i < len; i++)
+            amax = fmaxf(amax, fabsf(x[at + i]));
+        float s = lat_pow2_scale(amax, 1.0f / 6.0f);
+        for (size_t i = 0; i < len; i++)
+            x[at + i] = lat_e2m1_round(x[at + i] / s) * s;
+    }
+}
+
+void lat_hadamard(float *x, uint32_t n)
+{
+    for (uint32_t h = 1; h < n; h *= 2)
+        for (uint32_t i = 0; i < n; i += 2 * h)
+            for (uint32_t j = i; j < i + h; j++) {
+                float a = x[j], b = x[j + h];
+                x[j] = a + b;
+                x[j + h] = a - b;
+            }
+    float s = 1.0f / sqrtf((float)n);
+    for (uint32_t i = 0; i < n; i++)
+        x[i] *= s;
+}
+
+void lat_fake_quant(uint32_t dtype, float *x, uint32_t n, uint32_t rot_dim, uint32_t quant)
+{
+    if (quant == ARLE_FQ_FP8) {
+        lat_quant_fp8(x, n - rot_dim, 64);
+    } else if (quant == ARLE_FQ_FP4_HADAMARD) {
+        lat_hadamard(x, n);
+        lat_round(dtype, x, n);
+        lat_quant_fp4(x, n);
+    }
+    lat_round(dtype, x, n);
+}
