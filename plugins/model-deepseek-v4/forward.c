@@ -213,7 +213,7 @@ static int drafts(struct arle_model *m, struct arle_stream *st, const struct arl
         const struct arle_sample_args sa = { .n_rows = rows, .vocab = c->vocab, .n_valid = c->vocab, .logits = s->draft_logits,
             .ld = c->vocab, .rows = s->draft_rows, .ids = step->drafts + t, .logprob = lp, .target_logprob = lp + m->max_rows,
             .top_ids = (int32_t *)(void *)(lp + 2 * m->max_rows), .top_logprobs = lp + (2 + ARLE_MAX_TOP) * (size_t)m->max_rows,
-            .top_logits = lp };
+            .top_logits = lp, .pos = b->pos + t };
         if (r == 0)
             TRY(m->ops->sample(m->dev, st, &sa));
     }
