@@ -74,6 +74,12 @@ enum arle_weight_format {
     ARLE_FMT_FP4_GROUP,         /* packed E2M1, two per byte, low nibble first; scale [N, K/bk] E8M0 or E4M3; times scale2 */
 };
 
+/*
+ * Random weights, the same on every backend. Value i (row-major index in the tensor, from 0) of a tensor without data:
+ *   z = rand_seed + (i + 1) * 0x9E3779B97F4A7C15;  z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;  z = (z ^ z >> 27) * 0x94D049BB133111EB;
+ *   z = z ^ z >> 31                                     (mod 2^64: the i-th output of splitmix64 seeded with rand_seed)
+ *   u = (z >> 40) * 2^-24;  v = f32( rand_mean + rand_std * 1.7320508075688772 * (2 u - 1) )      in double, then rounded to dtype
+ */
 struct arle_weight_part {
     const struct arle_tensor *t;        /* seen as [rows, K], all leading dimensions folded; data NULL: random */
     const struct arle_tensor *scale;    /* NULL for plain */

@@ -47,6 +47,9 @@ struct arle_cache_binding {
  *   ARLE_F8E4M3  code = e4m3(x / s), s = amax / 448                             head_dim + 4 bytes
  *   ARLE_I4G     the vector is multiplied by a fixed orthonormal Hadamard rotation of its 128-wide halves, then per group of 32
  *                code = rne(x / s) + 8 clamped to 1..15, s = amax / 7, s stored as f16     head_dim / 2 + head_dim / 16 bytes
+ *                Sylvester order, divided by sqrt(width); heads that 128 does not divide use the largest power of two that does
+ *                (head_dim is a multiple of 32). Element 2i is the low nibble of byte i. The scales of a vector are adjacent
+ *                ([n_vec][head_dim / 32] f16 after all codes), and a group of zeros has scale 0.
  */
 static inline size_t arle_kv_vector_bytes(uint32_t dtype, uint32_t head_dim)
 {

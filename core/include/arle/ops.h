@@ -239,9 +239,17 @@ struct arle_seq_shift_args {
 #define ARLE_MAX_TOP 20
 struct arle_bias { int32_t id; float value; };
 
-/* How one row of logits becomes a token. Order: bias and mask, penalties, temperature, top_k, top_p, min_p, draw. */
+/*
+ * How one row of logits becomes a token. Order: bias and mask, penalties, temperature, top_k, top_p, min_p, draw.
+ *   penalties: x = x > 0 ? x / repetition : x * repetition for ids that occur in the history; then x -= presence + frequency * n
+ *              for ids that occur n > 0 times in its output part
+ *   top_k: the k largest (ties: lower id); top_p: the shortest best-first run of these whose probability reaches top_p of theirs;
+ *   min_p: those with p >= min_p * largest p
+ *   draw: u = (w >> 8) * 2^-24, w the first word of Philox4x32-10 with counter {lo(counter), hi(counter), 0, 0} and key {lo(seed), hi(seed)};
+ *         the first id, in order of ids, at which the running sum of the survivors' probabilities exceeds u times their total
+ */
 struct arle_sample_row {
-    float temperature;              /* <= 0: argmax (ties: lower id) */
+    float temperature;              /* <= 1e-6: argmax (ties: lower id) */
     float top_p, min_p;             /* 1 and 0: off */
     float repetition, presence, frequency;      /* 1, 0, 0: off. repetition sees prompt and output, the others output only */
     int32_t top_k;                  /* 0: off */
