@@ -33,10 +33,8 @@ void tok_buf_fini(struct tok_buf *b)
     *b = (struct tok_buf){ 0 };
 }
 
-int tok_ids_reserve(struct tok_ids *ids, size_t more)
+int tok_ids_grow(struct tok_ids *ids, size_t more)
 {
-    if (more <= ids->cap - ids->n)
-        return 0;
     size_t cap = ids->n + ids->n / 2 + more + 256;
     if (cap > SIZE_MAX / sizeof *ids->ids)
         return -ENOMEM;
@@ -46,13 +44,6 @@ int tok_ids_reserve(struct tok_ids *ids, size_t more)
     ids->ids = p;
     ids->cap = cap;
     return 0;
-}
-
-uint32_t tok_merge_hash(uint32_t left, uint32_t right, uint32_t bits)
-{
-    uint64_t k = ((uint64_t)left << 32 | right) * UINT64_C(0x9E3779B97F4A7C15);
-    k ^= k >> 32;
-    return (uint32_t)((k * UINT64_C(0xD6E8FEB86659FD93)) >> (64 - bits));
 }
 
 uint32_t tok_bytes_hash(const uint8_t *p, size_t n, uint32_t bits)
@@ -68,18 +59,6 @@ uint32_t tok_bytes_hash(const uint8_t *p, size_t n, uint32_t bits)
         h = (h ^ p[i]) * UINT64_C(0xD6E8FEB86659FD93);
     h ^= h >> 32;
     return (uint32_t)((h * UINT64_C(0x9E3779B97F4A7C15)) >> (64 - bits));
-}
-
-const struct tok_merge *tok_merge_find(const struct tok_tables *t, uint32_t left, uint32_t right)
-{
-    uint32_t mask = (1u << t->merge_bits) - 1;
-    for (uint32_t i = tok_merge_hash(left, right, t->merge_bits);; i = (i + 1) & mask) {
-        const struct tok_merge *m = &t->merge[i];
-        if (m->left == left && m->right == right)
-            return m;
-        if (m->left == TOK_NONE)
-            return NULL;
-    }
 }
 
 uint32_t tok_whole_find(const struct tok_tables *t, const uint8_t *p, size_t n)

@@ -23,7 +23,11 @@ int tok_buf_reserve(struct tok_buf *b, size_t more);
 void tok_buf_fini(struct tok_buf *b);
 
 /* Room for `more` ids. 0 or -ENOMEM. */
-int tok_ids_reserve(struct tok_ids *ids, size_t more);
+int tok_ids_grow(struct tok_ids *ids, size_t more);
+static inline int tok_ids_reserve(struct tok_ids *ids, size_t more)
+{
+    return more <= ids->cap - ids->n ? 0 : tok_ids_grow(ids, more);
+}
 
 /* One merge: the pair (left, right) becomes id. Open addressing, linear probing; empty slots have left == TOK_NONE. */
 struct tok_merge {
@@ -88,6 +92,25 @@ struct tok_tables {
     size_t image_len;
 };
 
+static inline uint32_t tok_merge_hash(uint32_t left, uint32_t right, uint32_t bits)
+{
+    uint64_t k = ((uint64_t)left * UINT64_C(0x9E3779B1) ^ right) * UINT64_C(0xD6E8FEB86659FD93);
+    return (uint32_t)(k >> (64 - bits));
+}
+
+/* Slot of a merge, or NULL. */
+static inline const struct tok_merge *tok_merge_find(const struct tok_tables *t, uint32_t left, uint32_t right)
+{
+    uint32_t mask = (1u << t->merge_bits) - 1;
+    for (uint32_t i = tok_merge_hash(left, right, t->merge_bits);; i = (i + 1) & mask) {
+        const struct tok_merge *m = &t->merge[i];
+        if (m->left == left && m->right == right)
+            return m;
+        if (m->left == TOK_NONE)
+            return NULL;
+    }
+}
+
 /* One line of the piece cache: a piece of up to 24 bytes and the ids it became. */
 #define TOK_PIECE_MAX 24
 #define TOK_PIECE_IDS 9
@@ -96,7 +119,7 @@ struct tok_piece {
     uint32_t len_n;             /* length | n_ids << 8; 0 is empty */
     int32_t ids[TOK_PIECE_IDS];
 };
-#define TOK_PIECE_BITS 13
+#define TOK_PIECE_BITS 14
 
 /* What one call needs and the next may reuse. */
 struct tok_scratch {
@@ -127,11 +150,8 @@ struct tok_run {
 int tok_bpe_piece(struct tok_run *run, const uint8_t *p, size_t n);
 /** As tok_bpe_piece, without the piece cache. */
 int tok_bpe_merge(struct tok_run *run, const uint8_t *p, size_t n);
-/** Slot of a merge, or NULL. */
-const struct tok_merge *tok_merge_find(const struct tok_tables *t, uint32_t left, uint32_t right);
 /** Id of the token that is exactly these bytes (ignore_merges only), or TOK_NONE. */
 uint32_t tok_whole_find(const struct tok_tables *t, const uint8_t *p, size_t n);
-uint32_t tok_merge_hash(uint32_t left, uint32_t right, uint32_t bits);
 uint32_t tok_bytes_hash(const uint8_t *p, size_t n, uint32_t bits);
 
 /** Splits text into pieces by the stages and appends the ids of each. */

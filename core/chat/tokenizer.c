@@ -101,8 +101,11 @@ int tokenizer_open_mem(struct tokenizer **out_tok, const char *json, size_t json
     return 0;
 }
 
-/* Parsing is worth avoiding only when it takes long: below this size it costs about as much as reading the cache. */
-#define CACHE_FROM ((size_t)128 << 10)
+/*
+ * Parsing is worth avoiding only when it takes long: about 10 ms per MB (Zen 5, 2026-11: 260 kB 2.5 ms parsed, 0.1 ms
+ * cached; 10.6 MB and 150,000 ids 195 ms parsed, 6 ms cached). Small vocabularies leave no file behind.
+ */
+#define CACHE_FROM ((size_t)1 << 20)
 
 int tokenizer_open_opts(struct tokenizer **out_tok, const struct tokenizer_opts *opts, struct arle_err *err)
 {

@@ -40,14 +40,15 @@ enum tok_flags {
 
 struct tokenizer_opts {
     const char *model_dir;  /* folder with tokenizer.json, and perhaps tokenizer_config.json */
-    const char *cache_dir;  /* where the parsed form is kept; NULL: the default place; "": keep none */
+    const char *cache_dir;  /* where the parsed form is kept, whatever the size; NULL: the default place; "": keep none */
 };
 
 /**
  * Opens the tokenizer of a model folder, with the default cache place.
  *
- * The parsed form is kept in $XDG_CACHE_HOME/arle, or $HOME/.cache/arle, or /var/cache/arle, the first that is usable;
- * a cache that is missing, damaged, of another version, or not owned by this user is ignored, and none is needed.
+ * The parsed form of a large file (1 MiB or more) is kept in $XDG_CACHE_HOME/arle, or $HOME/.cache/arle, or
+ * /var/cache/arle, the first that is usable; a cache that is missing, damaged, of another version, or not owned by this
+ * user is ignored, and none is needed.
  *
  * Returns 0; -ENOENT or another errno of the file; -EINVAL when tokenizer.json is damaged; -ENOTSUP when it asks for
  * something this tokenizer does not do (err->param names the field, as "model.byte_fallback"); -ENOMEM.
