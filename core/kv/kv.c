@@ -6,6 +6,11 @@
 
 #include <stdlib.h>
 
+#define ROOT_NODES 4096u        /* nodes for roots, one per tenant and client salt in use */
+#define MAX_NODES (1u << 21)
+#define MAX_SNAPS (1u << 18)
+#define MAX_DEV_SNAPS 65536u
+
 static int check_config(const struct kv_config *c, const struct arle_cache_group *g, uint32_t n_groups, struct arle_err *err)
 {
     if (n_groups == 0 || n_groups > ARLE_MAX_CACHE_GROUPS)
@@ -41,13 +46,27 @@ static int alloc_groups(struct kv *kv, struct arle_err *err)
         int r = kv->mem->alloc(kv->dev, ARLE_MEM_DEVICE, bytes, &kv->base[i], err);
         if (r < 0)
             return r;
-        if (group_is_paged(g))
-            kv->page_total += g->page_bytes;
-        else
-            kv->state_total += g->record_bytes;
     }
-    kv->has_state = kv->state_total > 0;
     return 0;
+}
+
+/* Everything a step may need is counted here once: nodes for every page in every tier, snapshots for every record. */
+static int size_tree(struct kv *kv, struct arle_err *err)
+{
+    uint64_t snaps = kv->has_state && kv->cfg.prefix_cache ? kv->cfg.snapshot_bytes / kv->state_total : 0;
+    if (snaps > MAX_DEV_SNAPS)
+        snaps = MAX_DEV_SNAPS;
+    uint64_t nodes = (uint64_t)kv->cfg.n_pages + ROOT_NODES, more_snaps = 0;
+    if (kv->page_total > 0)
+        nodes += (kv->cfg.host_bytes + (kv->disk_dir[0] != '\0' ? kv->cfg.disk_bytes : 0)) / kv->page_total;
+    if (kv->has_state)
+        more_snaps = (kv->cfg.host_bytes + (kv->disk_dir[0] != '\0' ? kv->cfg.disk_bytes : 0)) / kv->state_total;
+    nodes = nodes > MAX_NODES ? MAX_NODES : nodes;
+    more_snaps = more_snaps > MAX_SNAPS ? MAX_SNAPS : more_snaps;
+    int r = tree_init(kv, (uint32_t)nodes, (uint32_t)(snaps + more_snaps), (uint32_t)snaps, err);
+    if (r == 0 && snaps > 0)
+        r = kv->mem->alloc(kv->dev, ARLE_MEM_DEVICE, snaps * kv->state_total, (void **)&kv->snap_base, err);
+    return r;
 }
 
 int kv_create(struct kv **out, const struct kv_config *cfg, struct arle_device *dev, const struct arle_mem_ops *mem,
@@ -65,10 +84,19 @@ int kv_create(struct kv **out, const struct kv_config *cfg, struct arle_device *
     kv->compute = compute;
     kv->n_groups = n_groups;
     memcpy(kv->group, groups, n_groups * sizeof *groups);
+    for (uint32_t i = 0; i < n_groups; i++) {
+        if (group_is_paged(&groups[i]))
+            kv->page_total += groups[i].page_bytes;
+        else
+            kv->state_total += groups[i].record_bytes;
+    }
+    kv->has_state = kv->state_total > 0;
     kv->pt = cfg->page_tokens;
     kv->max_pages = pages_for(kv, cfg->max_seq_tokens);
     if (kv->cfg.snapshot_align == 0)
         kv->cfg.snapshot_align = 64;
+    if (kv->cfg.tenant_quota_pct == 0 || kv->cfg.tenant_quota_pct > 100)
+        kv->cfg.tenant_quota_pct = 100;
     kv->identity = strdup(cfg->identity != NULL ? cfg->identity : "");
     kv->disk_dir = strdup(cfg->disk_dir != NULL ? cfg->disk_dir : "");
     if (kv->identity == NULL || kv->disk_dir == NULL)
@@ -77,6 +105,8 @@ int kv_create(struct kv **out, const struct kv_config *cfg, struct arle_device *
         r = arle_err_set(err, -ENOMEM, "no memory for the books of %u cache pages", cfg->n_pages);
     if (r == 0)
         r = alloc_groups(kv, err);
+    if (r == 0)
+        r = size_tree(kv, err);
     if (r < 0) {
         kv_destroy(kv);
         return r;
@@ -106,6 +136,9 @@ void kv_destroy(struct kv *kv)
     for (uint32_t i = 0; i < kv->n_groups; i++)
         if (kv->base[i] != NULL)
             kv->mem->free(kv->dev, ARLE_MEM_DEVICE, kv->base[i]);
+    if (kv->snap_base != NULL)
+        kv->mem->free(kv->dev, ARLE_MEM_DEVICE, kv->snap_base);
+    tree_fini(kv);
     page_pool_fini(&kv->pages);
     page_pool_fini(&kv->slots);
     free(kv->identity);
@@ -142,6 +175,8 @@ void kv_publish_stats(struct kv *kv)
     struct kv_stats s = kv->st;
     s.pages_total = kv->pages.n;
     s.pages_free = kv->pages.n_free;
+    s.pages_cached = kv->idle_pages;
+    s.snapshot_bytes = (uint64_t)(kv->snap_pool.n - kv->snap_pool.n_free) * kv->state_total;
     s.slots_total = kv->slots.n;
     s.slots_free = kv->slots.n_free;
     uint64_t words[sizeof s / sizeof(uint64_t)];

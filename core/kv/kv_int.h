@@ -8,6 +8,7 @@
 #include "kv/kv.h"
 #include "kv/kv_check.h"
 #include "kv/kv_hash.h"
+#include "kv/kv_heap.h"
 #include "kv/page.h"
 
 #include <pthread.h>
@@ -15,6 +16,50 @@
 #include <string.h>
 
 #define KV_MAX_MARKS 64
+
+#define KV_GHOSTS 65536u
+
+enum kv_tier { TIER_DEVICE, TIER_HOST, TIER_DISK, TIER_STORE, N_TIERS };
+
+/*
+ * One page of the tree: the tokens of page `start / pt` under one parent. Full nodes (fill == pt) have children and are found by
+ * the hash of their whole path; partial ones are leaves that end at a snapshot. A sequence that writes on in a page that it
+ * shares with a partial node only adds positions past `fill`. Of one parent's children none is meant to be a prefix of another.
+ * A root has start = fill = 0 and no data. Every other node has its data in at least one tier.
+ */
+struct kv_node {
+    int32_t parent, child, next, prev, hnext;   /* family, and chain of the hash table; -1 = none. parent -2: free */
+    int32_t root;                       /* which entry of kv.roots */
+    int32_t page, host;                 /* device page, host page slot; -1 = none */
+    int32_t snaps;                      /* its snapshots, ascending is not promised */
+    uint32_t start, fill;
+    uint32_t users;                     /* sequences and promotions that stand on it or below */
+    uint32_t dev_kids, host_kids, kids; /* children with a device page, with a host copy, at all */
+    uint32_t busy;                      /* moves under way; each of them also is a user */
+    int32_t tprev, tnext;               /* its tenant's list of evictable nodes */
+    uint64_t hash;                      /* of the whole path */
+    uint64_t disk;                      /* id of the disk object, 0 = none */
+    uint8_t store;                      /* the cluster tier has it */
+    uint8_t origin;                     /* enum kv_tier it was promoted from and not yet counted */
+    uint8_t want;                       /* WANT_... */
+    uint8_t has_key;
+    uint8_t idle;                       /* counted in kv.idle_pages */
+    double prio;                        /* worth when it was last let go */
+};
+
+/* State records at exactly `pos` tokens, which lie on the path of `node` (node.start < pos <= node.start + fill). */
+struct kv_snap {
+    int32_t node, next;                 /* node -1: free (next chains the free list) */
+    uint32_t pos, cost;                 /* cost: tokens to recompute without it */
+    uint32_t hits, pins, busy;
+    int32_t dev, host;                  /* record slots, -1 = none */
+    uint64_t disk;
+    uint8_t store, origin, has_key;
+    double prio;
+};
+
+struct kv_root { uint8_t salt[KV_SALT_BYTES]; int32_t node, tenant; };      /* node -1: free entry */
+struct kv_tenant { uint8_t tag[16]; uint32_t n_roots; int64_t dev_pages, host_pages; int32_t head, tail; };
 
 struct kv_seq {
     struct kv *kv;
@@ -25,6 +70,10 @@ struct kv_seq {
     int32_t *pages;                     /* block table [max_pages] */
     uint32_t n_pages;
     uint32_t cached;                    /* positions that were attached at open */
+    int32_t cursor;                     /* deepest full node of its path in the tree; -1 when nothing is remembered of it */
+    uint32_t published;                 /* tokens up to the end of cursor */
+    bool mute;                          /* the tree was full: stop publishing */
+    uint32_t last_snap;
     uint32_t marks[KV_MAX_MARKS], n_marks;      /* ascending snapshot positions */
     uint32_t cadence;                   /* and every multiple of this inside the prompt; 0 = none */
 };
@@ -44,7 +93,26 @@ struct kv {
     uint32_t pt, max_pages;             /* page_tokens; pages of the longest sequence */
 
     struct page_pool pages, slots;
+    int32_t *page_node;                 /* by page: its node in the tree or -1 */
     struct kv_seq *seqs, *spare;        /* open ones; closed ones kept for reuse */
+
+    /* the tree */
+    struct kv_node *nodes; uint32_t n_nodes, nodes_used; int32_t node_free;
+    int32_t *node_tokens;               /* [n_nodes * pt] */
+    uint32_t clock;                     /* where the search for a victim goes on when nodes run out */
+    int32_t *table; uint32_t table_mask;        /* full nodes by path hash */
+    struct kv_root *roots; uint32_t n_roots, roots_cap;
+    struct kv_tenant *tenants; uint32_t n_tenants, tenants_cap;
+    uint64_t idle_pages;                /* pages in the tree that no sequence uses */
+    struct kv_heap dev_heap;            /* nodes whose device page could go */
+    double dev_age;                     /* worth of the last page evicted: newcomers start from here */
+    uint64_t *ghosts;                   /* [KV_GHOSTS] path hashes of what was dropped, for the reason of a miss */
+
+    /* snapshots */
+    struct kv_snap *snaps; uint32_t n_snaps, snaps_used; int32_t snap_free;
+    struct page_pool snap_pool;         /* device records */
+    char *snap_base;
+    struct kv_heap snap_heap; double snap_age;
 
     struct kv_stats st;                 /* counters; gauges are filled in when published */
     _Atomic uint32_t pub_seq;           /* seqlock around pub: odd while it is written */
@@ -70,6 +138,74 @@ static inline uint32_t pages_for(const struct kv *kv, uint32_t n_tokens)
 {
     return (n_tokens + kv->pt - 1) / kv->pt;
 }
+
+static inline int32_t *node_toks(const struct kv *kv, int32_t node)
+{
+    return kv->node_tokens + (size_t)node * kv->pt;
+}
+
+static inline bool node_elsewhere(const struct kv_node *n)      /* its data is in some tier below the device */
+{
+    return n->host >= 0 || n->disk != 0 || n->store;
+}
+
+static inline bool snap_elsewhere(const struct kv_snap *s)
+{
+    return s->host >= 0 || s->disk != 0 || s->store;
+}
+
+/* ---- kv_tree.c: what is remembered ---------------------------------------------------------------------------------- */
+
+struct kv_match {
+    uint32_t depth;             /* tokens that match, whatever can be reused of them */
+    int32_t node;               /* attach here ... */
+    uint32_t pos;               /* ... with this many positions; 0 = nothing to attach */
+    int32_t snap;               /* state to restore, -1 without state groups */
+    uint64_t next_hash;         /* path hash of the first full page that was not found, 0 = none */
+};
+
+int tree_init(struct kv *kv, uint32_t n_nodes, uint32_t n_snaps, uint32_t n_dev_snaps, struct arle_err *err);
+void tree_fini(struct kv *kv);
+/** Index into kv.roots of the tree of this salt, made when it is new. -ENOMEM. */
+int tree_root(struct kv *kv, const uint8_t salt[KV_SALT_BYTES]);
+/** Finds how far tokens are known, and the deepest place at most `limit` positions deep where a sequence can start. */
+void tree_match(const struct kv *kv, int root, const int32_t *tokens, uint32_t n, uint32_t limit, struct kv_match *out);
+/** Adds or takes a user on node and all its ancestors. */
+void tree_pin(struct kv *kv, int32_t node);
+void tree_unpin(struct kv *kv, int32_t node);
+/** Enters the full pages of s that are final and known. */
+void tree_publish(struct kv_seq *s);
+/** Remembers the state that s's slot holds now at pos = computed tokens; enqueues the copy. False when there was no room. */
+bool tree_snapshot(struct kv_seq *s, uint32_t pos);
+/** A node for exactly the tokens [0, pos) of s. -1: no room. */
+int32_t tree_node_at(struct kv_seq *s, uint32_t pos);
+/** Drops cached device pages until `want` are free; false when that is not possible. */
+bool tree_make_room(struct kv *kv, uint32_t want);
+/** A page whose last other holder let go may be evictable now. */
+void tree_page_released(struct kv *kv, int32_t page);
+/** Re-evaluates whether node can be evicted from the device. */
+void tree_update(struct kv *kv, int32_t node);
+/** Takes the node and everything below out of the tree; nothing of it may be in use. */
+void tree_remove(struct kv *kv, int32_t node);
+/** The node gives up its device page. It must have its data elsewhere, or it is removed with its descendants. */
+void tree_drop_page(struct kv *kv, int32_t node);
+void tree_set_page(struct kv *kv, int32_t node, int32_t page);     /* takes over one reference of page */
+void snap_drop(struct kv *kv, int32_t snap);
+/** A device record for a snapshot, evicting a lesser one; -1: all are pinned. */
+int32_t snap_record_get(struct kv *kv);
+void snap_update(struct kv *kv, int32_t snap);
+void snap_copy(struct kv *kv, struct arle_stream *st, int32_t record, int32_t slot, bool restore);
+int32_t snap_find(const struct kv *kv, int32_t node, uint32_t pos);
+int32_t snap_new(struct kv *kv, int32_t node, uint32_t pos, uint32_t cost);     /* without any data yet; -1: none left */
+void snap_used(struct kv *kv, int32_t snap);
+bool tree_is_ghost(const struct kv *kv, uint64_t hash);
+uint64_t tree_path_hash(uint64_t parent, const int32_t *tokens, uint32_t n);
+
+/* Called when a node or snapshot leaves the tree: gives its places in the lower tiers back (kv_move.c). */
+void move_forget_node(struct kv *kv, int32_t node);
+void move_forget_snap(struct kv *kv, int32_t snap);
+void move_update_node(struct kv *kv, int32_t node);
+void move_update_snap(struct kv *kv, int32_t snap);
 
 /** Copies the current counters to where kv_stat finds them. */
 void kv_publish_stats(struct kv *kv);

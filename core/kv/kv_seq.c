@@ -58,30 +58,177 @@ static void slot_clear(struct kv *kv, int32_t slot)
             kv->mem->fill(kv->dev, kv->compute, record_ptr(kv, g, slot), 0, kv->group[g].record_bytes);
 }
 
+/* Where the prompt meets what is remembered. */
+struct attach {
+    int root;
+    struct kv_match m;
+    uint32_t shared;            /* whole pages that are taken over */
+    uint32_t need;              /* pages of its own */
+};
+
+/* Whether a snapshot on the grid in (from, to] was here once: its path hash is among the ghosts. */
+static bool lost_state(const struct kv *kv, const int32_t *tokens, int root, uint32_t from, uint32_t to)
+{
+    uint64_t hash = kv->nodes[kv->roots[root].node].hash;
+    uint32_t align = kv->cfg.snapshot_align, start = 0;
+    for (uint32_t pos = align; pos <= to; pos += align) {
+        while (start + kv->pt < pos) {
+            hash = tree_path_hash(hash, tokens + start, kv->pt);
+            start += kv->pt;
+        }
+        if (pos > from && tree_is_ghost(kv, ~tree_path_hash(hash, tokens + start, pos - start)))
+            return true;
+    }
+    return false;
+}
+
+static enum kv_miss miss_reason(const struct kv *kv, const int32_t *tokens, uint32_t n, const struct attach *a)
+{
+    const struct kv_match *m = &a->m;
+    if (m->depth >= n - 1 && m->pos == n - 1)
+        return KV_MISS_LAST_TOKEN;
+    if (m->depth > m->pos && kv->has_state) {
+        /* Pages are there, state is not: it may be the alignment of the last token, a snapshot that went, or never was. */
+        uint32_t align = kv->cfg.snapshot_align, best = (m->depth < n - 1 ? m->depth : n - 1) / align * align;
+        if (m->pos >= best)
+            return m->depth >= n - 1 ? KV_MISS_LAST_TOKEN : tree_is_ghost(kv, m->next_hash) ? KV_MISS_EVICTED : KV_MISS_DIVERGED;
+        return lost_state(kv, tokens, a->root, m->pos, best) ? KV_MISS_EVICTED : KV_MISS_NO_STATE;
+    }
+    if (tree_is_ghost(kv, m->next_hash))
+        return KV_MISS_EVICTED;
+    return m->depth == 0 ? KV_MISS_COLD : KV_MISS_DIVERGED;
+}
+
+/* Block table: shared pages by reference, a copy of the page the prefix ends in, new pages for the rest. */
+static void attach_pages(struct kv_seq *s, const struct attach *a)
+{
+    struct kv *kv = s->kv;
+    uint32_t tail = a->m.pos % kv->pt;
+    int32_t node = a->m.node;
+    int32_t source = tail > 0 ? kv->nodes[node].page : -1;
+    if (tail > 0)
+        node = kv->nodes[node].parent;
+    s->n_pages = a->shared;
+    for (uint32_t i = a->shared; i > 0; i--, node = kv->nodes[node].parent) {
+        s->pages[i - 1] = kv->nodes[node].page;
+        page_ref(&kv->pages, s->pages[i - 1]);
+    }
+    for (uint32_t i = 0; i < a->need; i++)
+        s->pages[s->n_pages++] = page_alloc(&kv->pages);
+    if (source >= 0)
+        for (uint32_t g = 0; g < kv->n_groups; g++)
+            if (group_is_paged(&kv->group[g]))
+                kv->mem->copy(kv->dev, kv->compute, page_ptr(kv, g, s->pages[a->shared]), page_ptr(kv, g, source),
+                              kv->group[g].page_bytes, ARLE_COPY_D2D);
+}
+
+/* Tokens by the tier they came from; a page that was promoted for this prompt counts for its tier once. */
+static void count_tiers(struct kv *kv, const struct attach *a, struct kv_hit *hit)
+{
+    uint32_t by[N_TIERS] = { 0 }, end = a->m.pos;
+    for (int32_t i = a->m.node; i >= 0 && kv->nodes[i].fill > 0; i = kv->nodes[i].parent) {
+        by[kv->nodes[i].origin] += end - kv->nodes[i].start;
+        end = kv->nodes[i].start;
+        kv->nodes[i].origin = TIER_DEVICE;
+    }
+    hit->from_device = by[TIER_DEVICE];
+    hit->from_host = by[TIER_HOST];
+    hit->from_disk = by[TIER_DISK];
+    hit->from_store = by[TIER_STORE];
+}
+
+/* The cadence grows with the prompt, so that one long prompt takes at most a quarter of the device's snapshot records. */
+static uint32_t cadence_for(const struct kv *kv, uint32_t n)
+{
+    uint32_t align = kv->cfg.snapshot_align, cadence = kv->cfg.snapshot_cadence / align * align;
+    uint32_t quarter = kv->snap_pool.n / 4 > 0 ? kv->snap_pool.n / 4 : 1;
+    uint32_t least = (n / quarter + align) / align * align;
+    return cadence == 0 || kv->snap_pool.n == 0 ? 0 : cadence > least ? cadence : least;
+}
+
+/* Positions of the prompt whose state is worth keeping whatever the template says: its end, and where it left known ground. */
+static void mark_defaults(struct kv_seq *s, const struct attach *a)
+{
+    s->cadence = cadence_for(s->kv, s->n_prompt);
+    kv_seq_mark(s, s->n_prompt);
+    kv_seq_mark(s, s->n_prompt - 1);
+    if (a->m.depth > a->m.pos)
+        kv_seq_mark(s, a->m.depth);
+}
+
+static int find_prefix(struct kv *kv, const uint8_t *salt, const int32_t *tokens, uint32_t n, struct attach *a, struct arle_err *err)
+{
+    *a = (struct attach){ .root = -1, .m = { .node = -1, .snap = -1 } };
+    if (kv->cfg.prefix_cache) {
+        a->root = tree_root(kv, salt);
+        if (a->root < 0)
+            return arle_err_set(err, -ENOMEM, "no memory for another tenant in the prefix tree");
+        tree_match(kv, a->root, tokens, n, n - 1, &a->m);
+    }
+    a->shared = a->m.pos / kv->pt;
+    a->need = pages_for(kv, n) - a->shared;
+    return 0;
+}
+
+static struct kv_seq *seq_build(struct kv *kv, const int32_t *tokens, uint32_t n, const struct attach *a)
+{
+    struct kv_seq *s = seq_new(kv);
+    if (s == NULL)
+        return NULL;
+    memcpy(s->tokens, tokens, n * sizeof *tokens);
+    s->n_tokens = s->n_prompt = n;
+    s->cached = s->n_computed = s->last_snap = a->m.pos;
+    s->cursor = -1;
+    if (a->root >= 0) {
+        s->cursor = a->m.node < 0 ? kv->roots[a->root].node : a->m.pos % kv->pt == 0 ? a->m.node : kv->nodes[a->m.node].parent;
+        s->published = a->shared * kv->pt;
+        tree_pin(kv, s->cursor);
+    }
+    return s;
+}
+
 int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t *tokens, uint32_t n, struct kv_seq **out,
                 struct kv_hit *hit, struct arle_err *err)
 {
-    uint32_t need = pages_for(kv, n);
+    struct attach a;
     if (n == 0)
         return arle_err_set(err, -EINVAL, "empty prompt");
-    if (n > kv->cfg.max_seq_tokens || need > kv->pages.n)
-        return arle_err_set(err, -E2BIG, "%u tokens need %u pages; sequences may have %u tokens and the pool has %u pages", n, need,
-                            kv->cfg.max_seq_tokens, kv->pages.n);
-    if (kv->slots.n_free == 0 || kv->pages.n_free < need)
-        return arle_err_set(err, -EAGAIN, "%u pages and a slot needed, %u and %u are free", need, kv->pages.n_free, kv->slots.n_free);
-    struct kv_seq *s = seq_new(kv);
-    if (s == NULL)
-        return arle_err_set(err, -ENOMEM, "no memory for a sequence");
-    memcpy(s->tokens, tokens, n * sizeof *tokens);
-    s->n_tokens = s->n_prompt = n;
+    if (n > kv->cfg.max_seq_tokens || pages_for(kv, n) > kv->pages.n)
+        return arle_err_set(err, -E2BIG, "%u tokens need %u pages; sequences may have %u tokens and the pool has %u pages", n,
+                            pages_for(kv, n), kv->cfg.max_seq_tokens, kv->pages.n);
+    if (kv->slots.n_free == 0)
+        return arle_err_set(err, -EAGAIN, "no sequence slot is free");
+    int r = find_prefix(kv, salt, tokens, n, &a, err);
+    if (r < 0)
+        return r;
+
+    tree_pin(kv, a.m.node);             /* what is attached must outlive the search for room */
+    bool room = tree_make_room(kv, a.need);
+    struct kv_seq *s = room ? seq_build(kv, tokens, n, &a) : NULL;
+    if (s == NULL) {
+        tree_unpin(kv, a.m.node);
+        return room ? arle_err_set(err, -ENOMEM, "no memory for a sequence")
+                    : arle_err_set(err, -EAGAIN, "%u pages needed, %u are free", a.need, kv->pages.n_free);
+    }
     s->slot = page_alloc(&kv->slots);
-    while (s->n_pages < need)
-        s->pages[s->n_pages++] = page_alloc(&kv->pages);
-    slot_clear(kv, s->slot);
+    attach_pages(s, &a);
+    if (a.m.snap >= 0) {
+        snap_copy(kv, kv->compute, kv->snaps[a.m.snap].dev, s->slot, true);
+        snap_used(kv, a.m.snap);
+        kv->st.snapshots_restored++;
+    } else {
+        slot_clear(kv, s->slot);
+    }
+    tree_unpin(kv, a.m.node);
     seq_link(s);
+    mark_defaults(s, &a);
+    *hit = (struct kv_hit){ .cached_tokens = a.m.pos, .matched_tokens = a.m.depth,
+                            .miss = kv->cfg.prefix_cache ? miss_reason(kv, tokens, n, &a) : KV_MISS_OFF };
+    count_tiers(kv, &a, hit);
     kv->st.lookups++;
     kv->st.lookup_tokens += n;
-    *hit = (struct kv_hit){ .miss = kv->cfg.prefix_cache ? KV_MISS_COLD : KV_MISS_OFF };
+    kv->st.hits += a.m.pos > 0;
+    kv->st.hit_tokens += a.m.pos;
     *out = s;
     return 0;
 }
@@ -134,7 +281,7 @@ int kv_seq_reserve(struct kv_seq *s, uint32_t n_tokens)
     if (n_tokens > kv->cfg.max_seq_tokens)
         return -E2BIG;
     uint32_t need = pages_for(kv, n_tokens);
-    if (need > s->n_pages && need - s->n_pages > kv->pages.n_free)
+    if (need > s->n_pages && !tree_make_room(kv, need - s->n_pages))
         return -EAGAIN;
     while (s->n_pages < need)
         s->pages[s->n_pages++] = page_alloc(&kv->pages);
@@ -146,13 +293,19 @@ int kv_seq_push(struct kv_seq *s, int32_t token)
     if (s->n_tokens >= s->kv->cfg.max_seq_tokens)
         return -E2BIG;
     s->tokens[s->n_tokens++] = token;
+    if (s->n_computed >= s->n_tokens)           /* the engine ran ahead: this token's page may be complete now */
+        tree_publish(s);
     return 0;
 }
 
 void kv_seq_computed(struct kv_seq *s, uint32_t n)
 {
     KV_CHECK(n >= s->n_computed);
+    uint32_t from = s->n_computed;
     s->n_computed = n;
+    tree_publish(s);
+    if (s->kv->has_state && from < s->n_prompt && next_due(s, from) == n)
+        tree_snapshot(s, n);
 }
 
 void kv_seq_truncate(struct kv_seq *s, uint32_t n)
@@ -162,11 +315,39 @@ void kv_seq_truncate(struct kv_seq *s, uint32_t n)
         s->n_tokens = n;
 }
 
+/* The last state of a sequence that ends: the next turn of its chat goes on from there, if it renders the same. */
+static void final_snapshot(struct kv_seq *s)
+{
+    uint32_t n = s->n_computed;
+    if (!s->kv->has_state || s->slot <= 0 || n > s->n_tokens || n <= s->last_snap)
+        return;
+    if (s->kv->cfg.strict && (n > s->n_prompt || n % s->kv->cfg.snapshot_align != 0))
+        return;
+    tree_snapshot(s, n);
+}
+
+/* Positions that may be remembered of a sequence that ends. */
+static uint32_t final_pos(const struct kv_seq *s)
+{
+    uint32_t n = s->n_computed < s->n_tokens ? s->n_computed : s->n_tokens;
+    return s->kv->cfg.strict && n > s->n_prompt ? s->n_prompt : n;
+}
+
 void kv_seq_close(struct kv_seq *s, bool keep)
 {
     struct kv *kv = s->kv;
+    if (keep) {
+        tree_publish(s);
+        if (kv->has_state)
+            final_snapshot(s);
+        else
+            tree_node_at(s, final_pos(s));
+    }
+    if (s->cursor >= 0)
+        tree_unpin(kv, s->cursor);
     for (uint32_t i = 0; i < s->n_pages; i++)
-        page_unref(&kv->pages, s->pages[i]);
+        if (!page_unref(&kv->pages, s->pages[i]))
+            tree_page_released(kv, s->pages[i]);
     s->n_pages = 0;
     if (s->slot > 0)
         page_unref(&kv->slots, s->slot);
@@ -212,6 +393,9 @@ void kv_step_end(struct kv *kv)
 
 void kv_flush(struct kv *kv)
 {
+    while (kv_heap_min(&kv->dev_heap) >= 0)
+        tree_remove(kv, kv_heap_min(&kv->dev_heap));
+    kv_publish_stats(kv);
 }
 
 void kv_report_prefill(struct kv *kv, uint32_t n_tokens, int64_t us)

@@ -1,0 +1,239 @@
+/*
+ * A fake model over the fake device, by which every byte that the KV plane restores can be checked. The entry of position p is
+ * the hash of all tokens up to p, salted per tenant; the state after n tokens is the hash of n tokens; a second paged group has one
+ * entry per four tokens. A step checks what it was given (state, all earlier entries through the block table) before it adds its
+ * own. `border` in the state is folded with every chunk border, as rounding would be in a chunked kernel: when the KV plane
+ * promises that warm equals cold bit for bit, it must come out as a pure function of the prompt.
+ */
+#ifndef ARLE_TESTS_KV_MODEL_H
+#define ARLE_TESTS_KV_MODEL_H
+
+#include "kv/kv.h"
+#include "kv_fake.h"
+
+struct fm_state { uint64_t pos, hash, border, fill[5]; };
+
+struct fm {
+    struct arle_device dev;
+    struct arle_stream *compute;
+    struct arle_cache_group groups[3];
+    uint32_t n_groups, pt;
+    bool has_state, check_border;
+    struct arle_cache_binding bind;
+    struct kv *kv;
+    struct arle_err err;
+    uint64_t wrong;             /* bytes that were not what they had to be */
+    uint64_t steps, computed;
+    char first_wrong[200];
+};
+
+static inline uint64_t fm_mix(uint64_t h, uint64_t x)
+{
+    h ^= x + 0x9e3779b97f4a7c15u + (h << 6) + (h >> 2);
+    h *= 0xff51afd7ed558ccdu;
+    return h ^ h >> 31;
+}
+
+static inline uint64_t fm_salt(const uint8_t salt[KV_SALT_BYTES])
+{
+    uint64_t h = 7;
+    for (int i = 0; i < KV_SALT_BYTES; i++)
+        h = fm_mix(h, salt[i]);
+    return h;
+}
+
+struct fm_job {
+    struct fm *fm;
+    uint64_t h0;
+    uint32_t from, to, n_pages;
+    int32_t slot, *tokens, *pages;
+};
+
+static inline void fm_bad(struct fm *fm, const char *what, uint32_t pos, const struct fm_job *j)
+{
+    if (fm->wrong++ == 0)
+        snprintf(fm->first_wrong, sizeof fm->first_wrong, "%s at %u of a step [%u, %u)", what, pos, j->from, j->to);
+}
+
+static inline uint64_t *fm_entry(struct fm *fm, uint32_t group, uint32_t tpe, int32_t page, uint32_t pos)
+{
+    return (uint64_t *)((char *)fm->bind.group[group].base + (size_t)page * fm->bind.group[group].stride) + pos % fm->pt / tpe;
+}
+
+/* Runs in stream order on the fake device. */
+static inline void fm_run_job(void *arg, uint64_t a, uint64_t b)
+{
+    (void)a; (void)b;
+    struct fm_job *j = arg;
+    struct fm *fm = j->fm;
+    uint64_t h = j->h0;
+    struct fm_state *st = fm->has_state ? (struct fm_state *)((char *)fm->bind.group[2].base + (size_t)j->slot * fm->bind.group[2].stride)
+                                        : NULL;
+    for (uint32_t p = 0; p < j->to; p++) {
+        if (p == j->from && st != NULL && (p > 0 ? st->pos != p || st->hash != h : st->pos != 0 || st->hash != 0 || st->border != 0))
+            fm_bad(fm, "state", p, j);
+        h = fm_mix(h, (uint64_t)(uint32_t)j->tokens[p]);
+        uint64_t *e = fm_entry(fm, 0, 1, j->pages[p / fm->pt], p), *e4 = fm_entry(fm, 1, 4, j->pages[p / fm->pt], p);
+        if (p >= j->from)
+            *e = h;
+        else if (*e != h)
+            fm_bad(fm, "entry", p, j);
+        if (p % 4 == 3) {
+            if (p >= j->from)
+                *e4 = ~h;
+            else if (*e4 != ~h)
+                fm_bad(fm, "entry of four", p, j);
+        }
+    }
+    if (st != NULL) {
+        st->pos = j->to;
+        st->hash = h;
+        for (uint32_t q = j->from; q < j->to;) {
+            q = q + 64 < j->to ? q + 64 : j->to;
+            st->border = fm_mix(st->border, q);
+        }
+    }
+    fm->computed += j->to - j->from;
+    free(j->tokens);
+    free(j->pages);
+    free(j);
+}
+
+/* Enqueues the step that computes [from, to) of s. */
+static inline void fm_step(struct fm *fm, struct kv_seq *s, const uint8_t *salt, uint32_t from, uint32_t to)
+{
+    struct fm_job *j = calloc(1, sizeof *j);
+    uint32_t n;
+    const int32_t *t = kv_seq_tokens(s, &n), *pages;
+    *j = (struct fm_job){ .fm = fm, .h0 = fm_salt(salt), .from = from, .to = to, .slot = kv_seq_slot(s) };
+    j->tokens = calloc(n, sizeof *t);
+    memcpy(j->tokens, t, n * sizeof *t);
+    pages = kv_seq_pages(s, &j->n_pages);
+    j->pages = calloc(j->n_pages, sizeof *pages);
+    memcpy(j->pages, pages, j->n_pages * sizeof *pages);
+    if (j->slot <= 0 || to > n || (uint64_t)j->n_pages * fm->pt < to)
+        fm_bad(fm, "books", to, j);
+    fm->steps++;
+    fake_call(&fm->dev, fm->compute, fm_run_job, j, 0, 0);
+}
+
+/* The border hash after a prompt of n tokens that was computed cold with chunk borders at multiples of 64. */
+static inline uint64_t fm_border(uint32_t n)
+{
+    uint64_t b = 0;
+    for (uint32_t q = 0; q < n;) {
+        q = q + 64 < n ? q + 64 : n;
+        b = fm_mix(b, q);
+    }
+    return b;
+}
+
+static inline int fm_init(struct fm *fm, struct kv_config *cfg, bool has_state, bool lazy)
+{
+    static const char secret[32] = "tests of the prefix memory";
+    fm->pt = cfg->page_tokens;
+    fm->has_state = has_state;
+    fm->dev.lazy = lazy;
+    if (fm->dev.rng == 0)
+        fm->dev.rng = 88172645463325252u;
+    if (fm->compute == NULL)
+        fake_stream_create(&fm->dev, &fm->compute, NULL);
+    fm->n_groups = has_state ? 3 : 2;
+    fm->groups[0] = (struct arle_cache_group){ .name = "kv", .kind = ARLE_CACHE_PAGED, .tokens_per_entry = 1, .page_bytes = fm->pt * 8 };
+    fm->groups[1] = (struct arle_cache_group){ .name = "ckv", .kind = ARLE_CACHE_PAGED, .tokens_per_entry = 4, .page_bytes = fm->pt * 2 };
+    fm->groups[2] = (struct arle_cache_group){ .name = "delta", .kind = ARLE_CACHE_STATE, .record_bytes = sizeof(struct fm_state) };
+    if (cfg->identity == NULL)
+        cfg->identity = "fake model 1";
+    memcpy(cfg->secret, secret, sizeof cfg->secret);
+    int r = kv_create(&fm->kv, cfg, &fm->dev, &fake_mem, fm->compute, fm->groups, fm->n_groups, &fm->err);
+    if (r == 0)
+        kv_binding(fm->kv, &fm->bind);
+    return r;
+}
+
+static inline void fm_fini(struct fm *fm)
+{
+    kv_destroy(fm->kv);
+    fm->kv = NULL;
+    if (fm->compute != NULL)
+        fake_stream_destroy(&fm->dev, fm->compute);
+    fm->compute = NULL;
+}
+
+/* Opens, waiting for promotions the way a scheduler would. */
+static inline int fm_open(struct fm *fm, const uint8_t *salt, const int32_t *tokens, uint32_t n, struct kv_seq **s, struct kv_hit *hit)
+{
+    int r;
+    for (int i = 0; i < 20000; i++) {
+        r = kv_seq_open(fm->kv, salt, tokens, n, s, hit, &fm->err);
+        if (r != -EINPROGRESS)
+            return r;
+        kv_poll(fm->kv);
+        kv_step_end(fm->kv);
+        fake_pump(&fm->dev, 8);
+        if (i > 100)
+            nanosleep(&(struct timespec){ .tv_nsec = 20000 }, NULL);
+    }
+    return r;
+}
+
+/* Prefills what is left of the prompt in chunks of at most `budget`; false when the plane never let it go on. */
+static inline bool fm_prefill(struct fm *fm, struct kv_seq *s, const uint8_t *salt, uint32_t from, uint32_t n, uint32_t budget)
+{
+    for (uint32_t at = from; at < n;) {
+        uint32_t end = kv_seq_cut(s, at, at + budget < n ? at + budget : n);
+        if (end == at)
+            return false;
+        fm_step(fm, s, salt, at, end);
+        kv_seq_computed(s, end);
+        kv_step_end(fm->kv);
+        kv_poll(fm->kv);
+        at = end;
+    }
+    return true;
+}
+
+/* One decoded token: pushed as sampled, its predecessor's step enqueued. */
+static inline int fm_decode(struct fm *fm, struct kv_seq *s, const uint8_t *salt, int32_t token)
+{
+    uint32_t n;
+    kv_seq_tokens(s, &n);
+    int r = kv_seq_reserve(s, n + 1);
+    if (r == 0)
+        r = kv_seq_push(s, token);
+    if (r < 0)
+        return r;
+    fm_step(fm, s, salt, n, n + 1);
+    kv_seq_computed(s, n + 1);
+    kv_step_end(fm->kv);
+    kv_poll(fm->kv);
+    return 0;
+}
+
+/* A whole request: prompt, `gen` made-up answer tokens from `next`, close. Returns the hit; cached is UINT32_MAX when it failed. */
+static inline struct kv_hit fm_request(struct fm *fm, const uint8_t *salt, const int32_t *tokens, uint32_t n, const uint32_t *marks,
+                                       uint32_t n_marks, const int32_t *answer, uint32_t gen)
+{
+    struct kv_seq *s;
+    struct kv_hit hit = { .cached_tokens = UINT32_MAX };
+    if (fm_open(fm, salt, tokens, n, &s, &hit) < 0)
+        return (struct kv_hit){ .cached_tokens = UINT32_MAX };
+    for (uint32_t i = 0; i < n_marks; i++)
+        kv_seq_mark(s, marks[i]);
+    if (!fm_prefill(fm, s, salt, hit.cached_tokens, n, 256))
+        hit.cached_tokens = UINT32_MAX;
+    if (fm->check_border && fm->has_state) {
+        fake_run_all(&fm->dev);
+        struct fm_state *st = (struct fm_state *)((char *)fm->bind.group[2].base + (size_t)kv_seq_slot(s) * fm->bind.group[2].stride);
+        if (st->border != fm_border(n) && fm->wrong++ == 0)
+            snprintf(fm->first_wrong, sizeof fm->first_wrong, "chunk borders of a prompt of %u, %u cached", n, hit.cached_tokens);
+    }
+    for (uint32_t i = 0; i < gen; i++)
+        if (fm_decode(fm, s, salt, answer[i]) < 0)
+            break;
+    kv_seq_close(s, true);
+    kv_step_end(fm->kv);
+    return hit;
+}
+
+#endif
