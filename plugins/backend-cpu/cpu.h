@@ -123,7 +123,8 @@ const struct kernels *kernels_avx512bf16(void);
 #define CPU_COUNTERS(X) \
     X(linear_ref) X(linear_avx2) X(linear_avx512) X(linear_avx512bf16) X(linear_gemv) X(linear_gemm) X(linear_f32_weight) \
     X(gate_up) X(embed) X(rmsnorm) X(silu_mul) X(attn_prepare) X(attn_tile) X(attn_split) X(attn_quant) X(gdn_decode) X(gdn_prefill) \
-    X(moe_route) X(moe_experts) X(seq_shift) X(sample_argmax) X(sample_draw) X(sample_edit) X(parallel_ops) X(copied_bytes)
+    X(moe_route) X(moe_experts) X(seq_shift) X(sample_argmax) X(sample_draw) X(sample_edit) X(parallel_ops) X(copied_bytes) \
+    X(hc_pre) X(compress) X(index_all) X(index_scored) X(attn_latent)
 #define CPU_COUNTER_ENUM_(name) N_##name,
 enum counter_id { CPU_COUNTERS(CPU_COUNTER_ENUM_) N_COUNTERS };
 
@@ -219,7 +220,8 @@ void mm_run(struct arle_device *dev, const struct mm *m);
 /* The ops this backend has: a new one gets its name here and a function cpu_<name>. */
 #define CPU_OPS(X) \
     X(embed) X(rmsnorm) X(linear) X(norm_linear) X(silu_mul) X(gate_up) X(attn_prepare) X(attn_paged) \
-    X(gdn) X(moe_route) X(moe_experts) X(seq_shift) X(sample)
+    X(gdn) X(moe_route) X(moe_experts) X(seq_shift) X(sample) \
+    X(hc_expand) X(hc_pre) X(hc_post) X(hc_head) X(head_rope) X(window_store) X(compress) X(index_select) X(attn_latent)
 #define CPU_OP_(name) int cpu_##name(struct arle_device *dev, struct arle_stream *st, const struct arle_##name##_args *a);
 CPU_OPS(CPU_OP_)
 

@@ -2,25 +2,36 @@
 #include "latent_math.h"
 #include "cpu.h"
 
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
 
-static float bf16_to_f32(uint16_t v)
+_Static_assert(LAT_SCRATCH * sizeof(float) <= CPU_THREAD_SCRATCH, "latent ops work in the scratch of their thread");
+
+static _Thread_local float *part_scratch;
+
+struct lat_job {
+    struct arle_device *dev;
+    uint32_t n;
+    void (*fn)(void *arg, uint32_t i0, uint32_t i1);
+    void *arg;
+};
+
+static void lat_part(void *arg, unsigned part, unsigned n_parts)
 {
-    uint32_t b = (uint32_t)v << 16;
-    float f;
-    memcpy(&f, &b, sizeof f);
-    return f;
+    const struct lat_job *j = arg;
+    part_scratch = thread_scratch(j->dev, part);
+    j->fn(j->arg, (uint32_t)part_begin(j->n, part, n_parts), (uint32_t)part_begin(j->n, part + 1, n_parts));
 }
 
-static uint16_t f32_to_bf16(float f)
+int lat_parallel(struct arle_device *dev, uint32_t n, double cost_ns, void (*fn)(void *arg, uint32_t i0, uint32_t i1), void *arg)
 {
-    uint32_t b;
-    memcpy(&b, &f, sizeof b);
-    if ((b & 0x7fffffff) > 0x7f800000)
-        return (uint16_t)(b >> 16 | 0x40);
-    return (uint16_t)((b + 0x7fff + (b >> 16 & 1)) >> 16);
+    struct lat_job j = { dev, n, fn, arg };
+    if (n > 0)
+        run_parts(dev, n * cost_ns, lat_part, &j);
+    return 0;
+}
+
+float *lat_scratch(size_t n)
+{
+    return n <= LAT_SCRATCH ? part_scratch : NULL;
 }
 
 void lat_load(uint32_t dtype, const void *src, size_t at, float *dst, size_t n)

@@ -33,9 +33,10 @@ void lat_quant_fp4(float *x, size_t n);
 /* x <- H x / sqrt(n), n a power of two. */
 void lat_hadamard(float *x, uint32_t n);
 
-/* Per-thread f32 scratch of at least n floats; the same memory at every call of one thread. */
+/* Scratch of the running part of lat_parallel: n floats, the same memory at every call. Callers check LAT_SCRATCH first. */
 float *lat_scratch(size_t n);
-/* Splits [0, n) statically over the device's workers. */
-int lat_parallel(struct arle_device *dev, uint32_t n, void (*fn)(void *arg, uint32_t i0, uint32_t i1), void *arg);
+#define LAT_SCRATCH ((size_t)5 << 20)   /* floats */
+/* Splits [0, n) statically over the device's workers; cost_ns is about what one item takes. */
+int lat_parallel(struct arle_device *dev, uint32_t n, double cost_ns, void (*fn)(void *arg, uint32_t i0, uint32_t i1), void *arg);
 
 #endif

@@ -7,16 +7,13 @@
 #include "cpu.h"
 #include "latent_math.h"
 
-#include <math.h>
-#include <string.h>
+#include <stdlib.h>
 
 /* ---- hyper-connections ----------------------------------------------------------------------------------------------- */
 
-struct hc_expand_job { const struct arle_hc_expand_args *a; };
-
 static void hc_expand_rows(void *arg, uint32_t t0, uint32_t t1)
 {
-    const struct arle_hc_expand_args *a = ((struct hc_expand_job *)arg)->a;
+    const struct arle_hc_expand_args *a = arg;
     size_t es = arle_dtype_size(a->dtype), row = a->dim * es;
     for (uint32_t t = t0; t < t1; t++)
         for (uint32_t s = 0; s < a->streams; s++)
@@ -25,8 +22,7 @@ static void hc_expand_rows(void *arg, uint32_t t0, uint32_t t1)
 
 int cpu_hc_expand(struct arle_device *dev, struct arle_stream *st, const struct arle_hc_expand_args *a)
 {
-    struct hc_expand_job job = { a };
-    return lat_parallel(dev, a->n_tokens, hc_expand_rows, &job);
+    return lat_parallel(dev, a->n_tokens, a->dim * a->streams * 0.1, hc_expand_rows, (void *)a);
 }
 
 /* Four interleaved chains, merged in a fixed order: vectorises without changing with the caller. */
@@ -43,11 +39,6 @@ static float dot_f32(const float *x, const float *y, uint32_t n)
         for (int j = 0; j < w; j++)
             s[j] += s[j + w];
     return s[0];
-}
-
-static float sigmoid(float x)
-{
-    return 1.0f / (1.0f + expf(-x));
 }
 
 /* A[j][k], row softmax, then alternating normalisation that ends with columns. */
@@ -95,8 +86,8 @@ static void hc_pre_rows(void *arg, uint32_t t0, uint32_t t1)
         for (uint32_t o = 0; o < (2 + S) * S; o++)
             mix[o] = dot_f32(a->fn + (size_t)o * n, x, n) * r;
         for (uint32_t j = 0; j < S; j++) {
-            pre[j] = sigmoid(mix[j] * a->scale[0] + a->base[j]) + a->eps;
-            post[j] = 2.0f * sigmoid(mix[S + j] * a->scale[1] + a->base[S + j]);
+            pre[j] = sigmoid_f32(mix[j] * a->scale[0] + a->base[j]) + a->eps;
+            post[j] = 2.0f * sigmoid_f32(mix[S + j] * a->scale[1] + a->base[S + j]);
         }
         for (uint32_t i = 0; i < S * S; i++)
             A[i] = mix[2 * S + i] * a->scale[2] + a->base[2 * S + i];
@@ -113,9 +104,10 @@ static void hc_pre_rows(void *arg, uint32_t t0, uint32_t t1)
 
 int cpu_hc_pre(struct arle_device *dev, struct arle_stream *st, const struct arle_hc_pre_args *a)
 {
-    if (a->streams == 0 || a->streams > HC_MAX)
+    if (a->streams == 0 || a->streams > HC_MAX || (size_t)(a->streams + 1) * a->dim > LAT_SCRATCH)
         return -EINVAL;
-    return lat_parallel(dev, a->n_tokens, hc_pre_rows, (void *)a);
+    count(dev, N_hc_pre, 1);
+    return lat_parallel(dev, a->n_tokens, (double)a->streams * a->dim * (2 + a->streams) * a->streams * 0.1, hc_pre_rows, (void *)a);
 }
 
 static void hc_post_rows(void *arg, uint32_t t0, uint32_t t1)
@@ -140,7 +132,9 @@ static void hc_post_rows(void *arg, uint32_t t0, uint32_t t1)
 
 int cpu_hc_post(struct arle_device *dev, struct arle_stream *st, const struct arle_hc_post_args *a)
 {
-    return lat_parallel(dev, a->n_tokens, hc_post_rows, (void *)a);
+    if ((size_t)(2 * a->streams + 1) * a->dim > LAT_SCRATCH)
+        return -EINVAL;
+    return lat_parallel(dev, a->n_tokens, (double)a->streams * a->dim * (1 + a->streams) * 0.2, hc_post_rows, (void *)a);
 }
 
 static void hc_head_rows(void *arg, uint32_t t0, uint32_t t1)
@@ -153,7 +147,7 @@ static void hc_head_rows(void *arg, uint32_t t0, uint32_t t1)
         lat_load(a->dtype, a->x, (size_t)(a->rows ? a->rows[t] : (int32_t)t) * n, x, n);
         float r = 1.0f / sqrtf(dot_f32(x, x, n) / (float)n + a->norm_eps);
         for (uint32_t j = 0; j < S; j++)
-            p[j] = sigmoid(dot_f32(a->fn + (size_t)j * n, x, n) * r * a->scale[0] + a->base[j]) + a->eps;
+            p[j] = sigmoid_f32(dot_f32(a->fn + (size_t)j * n, x, n) * r * a->scale[0] + a->base[j]) + a->eps;
         for (uint32_t i = 0; i < a->dim; i++) {
             float v = 0;
             for (uint32_t j = 0; j < S; j++)
@@ -166,9 +160,9 @@ static void hc_head_rows(void *arg, uint32_t t0, uint32_t t1)
 
 int cpu_hc_head(struct arle_device *dev, struct arle_stream *st, const struct arle_hc_head_args *a)
 {
-    if (a->streams == 0 || a->streams > HC_MAX)
+    if (a->streams == 0 || a->streams > HC_MAX || (size_t)(a->streams + 1) * a->dim > LAT_SCRATCH)
         return -EINVAL;
-    return lat_parallel(dev, a->n_tokens, hc_head_rows, (void *)a);
+    return lat_parallel(dev, a->n_tokens, (double)a->streams * a->dim * (1 + a->streams) * 0.2, hc_head_rows, (void *)a);
 }
 
 /* ---- heads: norm, rotation, simulated quantisation --------------------------------------------------------------------- */
@@ -194,7 +188,7 @@ int cpu_head_rope(struct arle_device *dev, struct arle_stream *st, const struct 
 {
     if (a->rot_dim % 2 != 0 || a->rot_dim > a->head_dim)
         return -EINVAL;
-    return lat_parallel(dev, a->n_tokens * a->n_heads, head_rope_rows, (void *)a);
+    return lat_parallel(dev, a->n_tokens * a->n_heads, a->head_dim * 0.5 + a->rot_dim * 10, head_rope_rows, (void *)a);
 }
 
 /* ---- window and compressor: one sequence after another, since records are rewritten in token order --------------------- */
@@ -214,7 +208,7 @@ static void window_store_seqs(void *arg, uint32_t s0, uint32_t s1)
 
 int cpu_window_store(struct arle_device *dev, struct arle_stream *st, const struct arle_window_store_args *a)
 {
-    return lat_parallel(dev, a->batch->n_seqs, window_store_seqs, (void *)a);
+    return lat_parallel(dev, a->batch->n_seqs, a->dim * 0.1, window_store_seqs, (void *)a);
 }
 
 static char *entry_at(const struct arle_paged *p, const struct arle_batch *b, uint32_t seq, uint32_t ratio, uint32_t w)
@@ -282,9 +276,12 @@ static void compress_seqs(void *arg, uint32_t s0, uint32_t s1)
 
 int cpu_compress(struct arle_device *dev, struct arle_stream *st, const struct arle_compress_args *a)
 {
-    if (a->ratio == 0 || a->batch->page_tokens % a->ratio != 0)
+    if (a->ratio == 0 || a->batch->page_tokens % a->ratio != 0 || a->dim > LAT_SCRATCH)
         return -EINVAL;
-    return lat_parallel(dev, a->batch->n_seqs, compress_seqs, (void *)a);
+    if (a->batch->n_seqs == 0)
+        return 0;
+    count(dev, N_compress, 1);
+    return lat_parallel(dev, a->batch->n_seqs, (double)a->batch->n_tokens / a->batch->n_seqs * a->dim * 10, compress_seqs, (void *)a);
 }
 
 /* ---- indexer -------------------------------------------------------------------------------------------------------------- */
@@ -378,9 +375,11 @@ static void index_select_rows(void *arg, uint32_t t0, uint32_t t1)
 
 int cpu_index_select(struct arle_device *dev, struct arle_stream *st, const struct arle_index_select_args *a)
 {
-    if (a->ratio == 0 || a->batch->page_tokens % a->ratio != 0)
+    uint32_t most = a->ratio ? a->batch->max_ctx / a->ratio : 0;
+    if (a->ratio == 0 || a->batch->page_tokens % a->ratio != 0 || ((size_t)a->n_heads + 1) * a->dim + most > LAT_SCRATCH)
         return -EINVAL;
-    return lat_parallel(dev, a->batch->n_tokens, index_select_rows, (void *)a);
+    count(dev, most > a->topk ? N_index_scored : N_index_all, 1);
+    return lat_parallel(dev, a->batch->n_tokens, most > a->topk ? (double)most * a->n_heads * a->dim * 0.1 : 100, index_select_rows, (void *)a);
 }
 
 /* ---- latent attention ------------------------------------------------------------------------------------------------------- */
@@ -458,7 +457,9 @@ static void attn_latent_rows(void *arg, uint32_t t0, uint32_t t1)
 
 int cpu_attn_latent(struct arle_device *dev, struct arle_stream *st, const struct arle_attn_latent_args *a)
 {
-    if (a->window == 0 || (a->ratio != 0 && a->batch->page_tokens % a->ratio != 0))
+    uint32_t most = a->window + (a->ratio == 0 ? 0 : a->sel ? a->topk : a->batch->max_ctx / a->ratio);
+    if (a->window == 0 || (a->ratio != 0 && a->batch->page_tokens % a->ratio != 0) || ((size_t)most + 2) * a->dim + most > LAT_SCRATCH)
         return -EINVAL;
-    return lat_parallel(dev, a->batch->n_tokens, attn_latent_rows, (void *)a);
+    count(dev, N_attn_latent, 1);
+    return lat_parallel(dev, a->batch->n_tokens, (double)most * a->n_heads * a->dim * 0.2, attn_latent_rows, (void *)a);
 }

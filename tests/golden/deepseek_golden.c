@@ -18,6 +18,7 @@ static struct harness_options base(uint32_t compute)
 static void golden_outputs_f32(void)
 {
     struct arle_err err = ARLE_ERR_INIT;
+    uint32_t whole_rows = 0;
     for (uint32_t i = 0; i < golden_count(g); i++) {
         const struct golden_case *c = golden_at(g, i);
         struct golden_result r;
@@ -26,12 +27,14 @@ static void golden_outputs_f32(void)
             TAP_FAIL("%s: %s", c->name, err.msg);
         printf("# %-16s worst logit %.2e, NLL %.1e, argmax wrong %u, greedy %u of %u (%u required)\n", c->name, r.worst_logit,
                r.nll_diff, r.argmax_wrong, r.greedy_equal, c->n_greedy, r.greedy_must);
-        EXPECT(c->logits != NULL);
+        EXPECT_EQ(c->n_top, 20);
+        whole_rows += c->logits != NULL;
         EXPECT(r.worst_logit <= 2e-3);
         EXPECT(r.nll_diff <= 1e-3);
         EXPECT_EQ(r.argmax_wrong, 0);
         EXPECT(r.greedy_equal >= r.greedy_must);
     }
+    EXPECT(whole_rows >= 3);
 }
 
 static const struct golden_case *longest(void)

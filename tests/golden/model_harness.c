@@ -286,9 +286,17 @@ static int32_t *ints_of(struct json_object *o, const char *key, uint32_t *n)
     return out;
 }
 
+static double *doubles_of(struct json_object *o, const char *key, uint32_t n)
+{
+    struct json_object *a = json_object_object_get(o, key);
+    double *out = malloc((n + 1) * sizeof *out);
+    for (uint32_t i = 0; i < n; i++)
+        out[i] = json_object_get_double(json_object_array_get_idx(a, i));
+    return out;
+}
+
 static void read_case(struct golden *g, struct golden_case *c, const char *name, struct json_object *o)
 {
-    struct json_object *v;
     uint32_t n;
     char tensor[128];
     c->name = name;
@@ -298,11 +306,9 @@ static void read_case(struct golden *g, struct golden_case *c, const char *name,
     c->argmax = ints_of(o, "argmax_per_position", &n);
     c->greedy = ints_of(o, "greedy_ids", &c->n_greedy);
     c->drafts = ints_of(o, "mtp_draft_argmax_per_position", &c->n_drafts);
-    v = json_object_object_get(o, "greedy_margin");
-    double *m = malloc((c->n_greedy + 1) * sizeof *m);
-    for (uint32_t i = 0; i < c->n_greedy; i++)
-        m[i] = json_object_get_double(json_object_array_get_idx(v, i));
-    c->margin = m;
+    c->top_ids = ints_of(o, "last_top20_ids", &c->n_top);
+    c->top_logits = doubles_of(o, "last_top20_logits", c->n_top);
+    c->margin = doubles_of(o, "greedy_margin", c->n_greedy);
     snprintf(tensor, sizeof tensor, "%s.logits", name);
     const struct arle_tensor *t = g->tensors->find(g->tensors, tensor);
     if (t != NULL) {
@@ -356,6 +362,8 @@ void golden_close(struct golden *g)
         free((void *)g->cases[i].greedy);
         free((void *)g->cases[i].drafts);
         free((void *)g->cases[i].margin);
+        free((void *)g->cases[i].top_ids);
+        free((void *)g->cases[i].top_logits);
     }
     free(g->cases);
     weights_close(g->tensors);
@@ -394,7 +402,9 @@ static double lead(const float *ref, uint32_t n)
 static void compare_row(const struct golden_case *c, uint32_t pos, const float *x, uint32_t vocab, struct golden_result *out)
 {
     uint32_t first = c->n_ids - c->n_logit_rows;
-    if (pos < first)
+    for (uint32_t i = 0; pos + 1 == c->n_ids && i < c->n_top; i++)
+        out->worst_logit = fmax(out->worst_logit, fabs(x[c->top_ids[i]] - c->top_logits[i]));
+    if (c->logits == NULL || pos < first)
         return;
     const float *ref = c->logits + (size_t)(pos - first) * c->vocab;
     for (uint32_t i = 0; i < vocab; i++)

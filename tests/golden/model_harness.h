@@ -47,10 +47,11 @@ struct golden;
 struct golden_case {
     const char *name, *text;
     const int32_t *ids, *argmax, *greedy, *drafts;      /* drafts NULL when the file has none */
-    const double *margin;
-    uint32_t n_ids, n_greedy, n_drafts;
+    const int32_t *top_ids;                             /* last position, best first */
+    const double *margin, *top_logits;
+    uint32_t n_top, n_ids, n_greedy, n_drafts;
     double mean_nll;
-    const float *logits; uint32_t n_logit_rows, vocab;  /* last rows, f32 */
+    const float *logits; uint32_t n_logit_rows, vocab;  /* last rows, f32; NULL for cases that keep only top_logits */
 };
 int golden_open(struct golden **out, const char *dir, struct arle_err *err);
 uint32_t golden_count(const struct golden *g);
@@ -59,7 +60,7 @@ void golden_close(struct golden *g);
 
 /* What a comparison saw, so that tests can print figures. */
 struct golden_result {
-    double worst_logit;             /* largest |ours - reference| over the kept rows */
+    double worst_logit;             /* largest |ours - reference| over kept rows and last top ids */
     double nll_diff;                /* |mean NLL - reference| */
     uint32_t argmax_wrong;          /* positions where the reference leads by more than 0.02 and we differ (kept rows) */
     uint32_t greedy_equal, greedy_must;     /* equal steps, and steps before the first margin under the bound */
