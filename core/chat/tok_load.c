@@ -414,7 +414,8 @@ static int index_added(struct loader *ld)
     ps->normal = calloc((size_t)ld->n_added + 1, sizeof *ps->normal);
     if (ps->raw == NULL || ps->normal == NULL)
         return no_memory(ld);
-    qsort(ld->added, ld->n_added, sizeof *ld->added, by_text);
+    if (ld->n_added > 1)
+        qsort(ld->added, ld->n_added, sizeof *ld->added, by_text);
     for (uint32_t i = 0; i < ld->n_added; i++) {
         const struct tok_added_full *a = &ld->added[i];
         if (i > 0 && strcmp(a->text, a[-1].text) == 0)
