@@ -613,6 +613,11 @@ uint32_t automaton_calls(const struct automaton *a)
     return a->n_done;
 }
 
+bool automaton_in_reasoning(const struct automaton *a)
+{
+    return a->state == REASON || a->state == REASON_START;
+}
+
 bool automaton_truncated(const struct automaton *a)
 {
     return a->truncated;

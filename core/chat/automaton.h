@@ -60,6 +60,8 @@ int automaton_finish(struct automaton *a);
 
 /** Calls that ended with a closer of their own (or were followed by one). */
 uint32_t automaton_calls(const struct automaton *a);
+/** The next text belongs to the reasoning, as far as known. */
+bool automaton_in_reasoning(const struct automaton *a);
 /** The output ended inside a call. */
 bool automaton_truncated(const struct automaton *a);
 

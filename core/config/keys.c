@@ -106,7 +106,8 @@ static const struct arle_conf_key model_keys[] = {
     BOOL("drafts", "yes", "Loads the drafter of a checkpoint that has one."),
     BOOL("random_weights", "no", "Makes weights up from config.json alone, for benchmarks."),
     BOOL("parity", "no", "Leaves out simulated quantisation of activations, to compare with a float reference."),
-    BOOL("special_in_content", "no", "Lets text of clients contain special tokens such as end-of-turn marks."),
+    BOOL("special_in_content", "yes", "Text of clients may spell special tokens such as end-of-turn marks, as the reference does; "
+         "no makes them ordinary text."),
     END
 };
 

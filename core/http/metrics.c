@@ -1,0 +1,129 @@
+/* GET /metrics in Prometheus' text format: counters of the server, and of each engine and its KV plane. */
+#include <string.h>
+
+#include "http/internal.h"
+#include "kv/kv.h"
+#include "util/clock.h"
+
+const double latency_buckets[N_BUCKETS] = { 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60 };
+
+void histogram_add(struct histogram *h, int64_t us)
+{
+    int i = 0;
+    while (i < N_BUCKETS && (double)us > latency_buckets[i] * 1e6)
+        i++;
+    atomic_fetch_add(&h->counts[i], 1);
+    atomic_fetch_add(&h->sum_us, us > 0 ? (uint64_t)us : 0);
+}
+
+static void put_histogram(struct sbuf *b, const char *name, const char *help, struct histogram *h)
+{
+    uint64_t sum = 0;
+    sbuf_fmt(b, "# HELP %s %s\n# TYPE %s histogram\n", name, help, name);
+    for (int i = 0; i < N_BUCKETS; i++) {
+        sum += atomic_load(&h->counts[i]);
+        sbuf_fmt(b, "%s_bucket{le=\"%g\"} %llu\n", name, latency_buckets[i], (unsigned long long)sum);
+    }
+    sum += atomic_load(&h->counts[N_BUCKETS]);
+    sbuf_fmt(b, "%s_bucket{le=\"+Inf\"} %llu\n%s_sum %.6f\n%s_count %llu\n", name, (unsigned long long)sum, name,
+             (double)atomic_load(&h->sum_us) / 1e6, name, (unsigned long long)sum);
+}
+
+static void put_head(struct sbuf *b, const char *name, const char *type, const char *help)
+{
+    sbuf_fmt(b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
+}
+
+static void put_one(struct sbuf *b, const char *name, const char *type, const char *help, double v)
+{
+    put_head(b, name, type, help);
+    sbuf_fmt(b, "%s %.15g\n", name, v);
+}
+
+static void put_status_counts(struct sbuf *b, struct http_server *srv)
+{
+    static const char *const words[N_STATUS] = { "200", "400", "401", "404", "413", "429", "503", "other" };
+    put_head(b, "arle_http_requests_total", "counter", "HTTP requests by route and status.");
+    for (size_t r = 0;; r++) {
+        const struct route *route = &http_routes[r];
+        for (int s = 0; s < N_STATUS; s++) {
+            unsigned long long n = atomic_load(&srv->status_counts[r * N_STATUS + (size_t)s]);
+            if (n > 0)
+                sbuf_fmt(b, "arle_http_requests_total{route=\"%s\",status=\"%s\"} %llu\n",
+                         route->path != NULL ? route->path : "none", words[s], n);
+        }
+        if (route->path == NULL)
+            break;
+    }
+}
+
+/* One row per figure of an engine: name, type, help, and where it lies. */
+#define ENGINE_ROWS(X) \
+    X("arle_engine_steps_total", "counter", "Steps of the engine.", st.steps) \
+    X("arle_engine_step_tokens_total", "counter", "Tokens computed in steps.", st.step_tokens) \
+    X("arle_engine_decode_rows_total", "counter", "Decode rows computed.", st.decode_rows) \
+    X("arle_engine_prefill_tokens_total", "counter", "Prompt tokens computed.", st.prefill_tokens) \
+    X("arle_engine_requests_total", "counter", "Requests that entered the queue.", st.requests) \
+    X("arle_engine_finished_total", "counter", "Requests that ended on their own.", st.finished) \
+    X("arle_engine_cancelled_total", "counter", "Requests cancelled.", st.cancelled) \
+    X("arle_engine_rejected_total", "counter", "Requests refused because the queue was full.", st.rejected) \
+    X("arle_engine_errors_total", "counter", "Requests that ended with an error.", st.errors) \
+    X("arle_engine_preempted_total", "counter", "Sequences preempted.", st.preempted) \
+    X("arle_engine_graph_launches_total", "counter", "Step graphs launched.", st.graph_launches) \
+    X("arle_engine_step_seconds_total", "counter", "Time in steps.", (double)st.step_us_sum / 1e6) \
+    X("arle_engine_plan_seconds_total", "counter", "Time planning steps.", (double)st.plan_us_sum / 1e6) \
+    X("arle_engine_running", "gauge", "Requests that run.", st.running) \
+    X("arle_engine_waiting", "gauge", "Requests that wait.", st.waiting) \
+    X("arle_engine_parked", "gauge", "Sequences parked.", st.parked) \
+    X("arle_engine_dead", "gauge", "1 after a fatal device error.", st.dead) \
+    X("arle_kv_pages", "gauge", "Device pages.", kv.pages_total) \
+    X("arle_kv_pages_free", "gauge", "Device pages that nobody uses.", kv.pages_free) \
+    X("arle_kv_pages_cached", "gauge", "Device pages kept for reuse only.", kv.pages_cached) \
+    X("arle_kv_slots", "gauge", "State slots.", kv.slots_total) \
+    X("arle_kv_slots_free", "gauge", "State slots that nobody uses.", kv.slots_free) \
+    X("arle_kv_hits_total", "counter", "Prompts with a cached prefix.", kv.hits) \
+    X("arle_kv_hit_tokens_total", "counter", "Prompt tokens taken from the cache.", kv.hit_tokens) \
+    X("arle_kv_lookups_total", "counter", "Prompts looked up.", kv.lookups) \
+    X("arle_kv_lookup_tokens_total", "counter", "Prompt tokens looked up.", kv.lookup_tokens) \
+    X("arle_kv_snapshots", "gauge", "State snapshots kept.", kv.snapshots) \
+    X("arle_kv_snapshot_bytes", "gauge", "Bytes of state snapshots.", kv.snapshot_bytes) \
+    X("arle_kv_pages_evicted_total", "counter", "Pages evicted.", kv.pages_evicted) \
+    X("arle_kv_host_bytes", "gauge", "Bytes in the host tier.", kv.host_bytes) \
+    X("arle_kv_disk_bytes", "gauge", "Bytes in the disk tier.", kv.disk_bytes)
+
+static void put_engines(struct sbuf *b, struct http_server *srv)
+{
+#define ROW(metric, type, help, value) \
+    put_head(b, metric, type, help); \
+    for (size_t i = 0; i < srv->n_models; i++) { \
+        struct engine_stats st = { 0 }; \
+        struct kv_stats kv = { 0 }; \
+        engine_stat(srv->models[i]->engine, &st); \
+        engine_kv_stat(srv->models[i]->engine, &kv); \
+        sbuf_str(b, metric "{model="); \
+        sbuf_json_cstr(b, srv->models[i]->name); \
+        sbuf_fmt(b, "} %.15g\n", (double)(value)); \
+    }
+    ENGINE_ROWS(ROW)
+#undef ROW
+}
+
+enum MHD_Result handle_metrics(struct conn *cn)
+{
+    struct http_server *srv = cn->srv;
+    struct sbuf b = SBUF_INIT;
+    put_one(&b, "arle_uptime_seconds", "gauge", "Time since the server started.", (double)(clock_mono_us() - srv->start_us) / 1e6);
+    put_one(&b, "arle_http_running", "gauge", "Generation requests in progress.", atomic_load(&srv->running));
+    put_one(&b, "arle_http_disconnects_total", "counter", "Generations cut off by the client.",
+            (double)atomic_load(&srv->disconnects));
+    put_one(&b, "arle_prompt_tokens_total", "counter", "Prompt tokens of ended requests.", (double)atomic_load(&srv->prompt_tokens));
+    put_one(&b, "arle_cached_tokens_total", "counter", "Prompt tokens of ended requests that were cached.",
+            (double)atomic_load(&srv->cached_tokens));
+    put_one(&b, "arle_completion_tokens_total", "counter", "Generated tokens of ended requests.",
+            (double)atomic_load(&srv->completion_tokens));
+    put_histogram(&b, "arle_first_token_seconds", "From the request's arrival to its first token.", &srv->first_token);
+    put_histogram(&b, "arle_request_seconds", "From the request's arrival to its end.", &srv->total);
+    put_status_counts(&b, srv);
+    put_engines(&b, srv);
+    return reply_text(cn, 200, "text/plain; version=0.0.4; charset=utf-8", &b);
+}
