@@ -1,6 +1,6 @@
 /*
  * `arle help`: everything that is written about commands and configuration keys comes from their tables. The hidden topics
- * man-arle, man-ini and completion make the installed files at build time.
+ * man-arle, man-ini and completion make the installed files at build time; markdown makes tables of docs/configuration.md.
  */
 #include "arle/cmd.h"
 
@@ -126,6 +126,36 @@ static int man_ini(void)
     return EXIT_OK;
 }
 
+/* ---- the tables of docs/configuration.md ---- */
+
+static void markdown_row(const struct arle_conf_key *k)
+{
+    char type[160];
+    config_key_type(k, type, sizeof type);
+    printf("| `%s` | ", k->name);
+    for (const char *c = type; *c != '\0'; c++)
+        printf("%s%c", *c == '|' ? "\\" : "", *c);
+    /* Directories depend on how the program was configured: the page names none. */
+    bool place = strcmp(k->def, ARLE_PLUGIN_DIR) == 0;
+    printf(" | %s%s%s | %s%s |\n", place || k->def[0] == '\0' ? "" : "`", place ? "the installed one" : k->def,
+           place || k->def[0] == '\0' ? "" : "`", k->help, (k->flags & ARLE_CONF_RELOAD) != 0 ? " *May change while running.*" : "");
+}
+
+static int markdown(void)
+{
+    size_t n;
+    const struct config_section *t = config_table(&n);
+    for (size_t i = 0; i < n; i++) {
+        printf("### [%s%s]\n%s\n\n| key | type | default | meaning |\n|---|---|---|---|\n", t[i].name, t[i].named ? " NAME" : "", t[i].help);
+        for (const struct arle_conf_key *k = t[i].keys; k->name != NULL; k++)
+            markdown_row(k);
+        if (i + 1 < n)
+            putchar('\n');
+    }
+    markdown_row(config_plugin_keys(ARLE_KIND_BACKEND) + 1);
+    return EXIT_OK;
+}
+
 /* ---- completion ---- */
 
 static void words_of_options(const struct command *c)
@@ -139,6 +169,22 @@ static void words_of_options(const struct command *c)
         printf("--help");
 }
 
+/* Options whose value has the form `arg` ("DIR"), as a pattern of case: "-DIR|--a|--b". The first only starts the list. */
+static void pattern_of(const char *arg)
+{
+    printf("    -%s", arg);
+    for (size_t i = 0; commands[i] != NULL; i++) {
+        const struct option_row *tables[] = { commands[i]->options, i == 0 ? common_options() : NULL };
+        for (int t = 0; t < 2; t++) {
+            for (const struct option_row *r = tables[t]; r != NULL && r->name != NULL; r++) {
+                if (r->arg != NULL && strcmp(r->arg, arg) == 0)
+                    printf("|--%s", r->name);
+            }
+        }
+    }
+    putchar(')');
+}
+
 static int completion(void)
 {
     size_t n;
@@ -149,9 +195,11 @@ static int completion(void)
             printf("%s.%s= ", t[i].name, k->name);
     }
     puts("\"\n_arle() {\n    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words=\n"
-         "    case $prev in\n    --set) COMPREPLY=($(compgen -W \"$_arle_keys\" -- \"$cur\")); compopt -o nospace; return ;;\n"
-         "    --config|-c) COMPREPLY=($(compgen -f -- \"$cur\")); return ;;\n"
-         "    --model|--plugin-dir) COMPREPLY=($(compgen -d -- \"$cur\")); return ;;\n    esac\n"
+         "    case $prev in\n    --set) COMPREPLY=($(compgen -W \"$_arle_keys\" -- \"$cur\")); compopt -o nospace; return ;;");
+    pattern_of("FILE");
+    puts(" COMPREPLY=($(compgen -f -- \"$cur\")); return ;;");
+    pattern_of("DIR");
+    puts(" COMPREPLY=($(compgen -d -- \"$cur\")); return ;;\n    esac\n"
          "    if [ \"${COMP_WORDS[0]##*/}\" = arled ]; then");
     printf("        words=\"--check-config ");
     for (const struct option_row *r = common_options(); r->name != NULL; r++)
@@ -173,7 +221,7 @@ static int completion(void)
 static int run_help(const struct args *args)
 {
     static const struct { const char *name; int (*fn)(void); } topics[] = {
-        { "keys", help_keys }, { "man-arle", man_arle }, { "man-ini", man_ini }, { "completion", completion },
+        { "keys", help_keys }, { "man-arle", man_arle }, { "man-ini", man_ini }, { "markdown", markdown }, { "completion", completion },
     };
     if (args->n_rest == 0)
         return list_commands();

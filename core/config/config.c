@@ -128,6 +128,8 @@ int config_enter(struct config *cfg, const char *header, const char *where, int 
 static int put_raw(struct raw_section *rs, const char *key, const char *text, const char *where, int line, struct arle_err *err)
 {
     struct raw_value *v = NULL;
+    if (key[0] == '\0' || key[strspn(key, "abcdefghijklmnopqrstuvwxyz0123456789_-")] != '\0')
+        return arle_err_param(err, -EINVAL, key, "%s: \"%.48s\" is no key of a plugin; keys are of a-z, 0-9, _ and -", where, key);
     for (size_t i = 0; i < rs->n; i++) {
         if (strcmp(rs->values[i].key, key) == 0)
             v = &rs->values[i];
@@ -254,32 +256,18 @@ static int make_fixed(struct config *cfg, struct arle_err *err)
     return 0;
 }
 
-static int read_path(struct config *cfg, const char *path, struct arle_err *err)
-{
-    struct stat st;
-    FILE *f = fopen(path, "re");
-    if (f == NULL)
-        return arle_err_set(err, -errno, "%s: %s", path, strerror(errno));
-    int r = 0;
-    if (fstat(fileno(f), &st) == 0 && S_ISDIR(st.st_mode))
-        r = arle_err_set(err, -EISDIR, "%s: is a directory; name the file in it", path);
-    else
-        r = config_read(cfg, f, path, err);
-    fclose(f);
-    return r;
-}
-
-int config_open(struct config **out, const char *path, const char *const *sets, size_t n_sets, struct arle_err *err)
+int config_open_file(struct config **out, FILE *file, const char *name, const char *const *sets, size_t n_sets,
+                     struct arle_err *err)
 {
     struct config *cfg = calloc(1, sizeof *cfg);
     if (cfg == NULL)
         return no_memory(err);
     int r = make_fixed(cfg, err);
-    cfg->path = strdup(path != NULL ? path : "");
+    cfg->path = strdup(name);
     if (r == 0 && cfg->path == NULL)
         r = no_memory(err);
-    if (r == 0 && path != NULL)
-        r = read_path(cfg, path, err);
+    if (r == 0 && file != NULL)
+        r = config_read(cfg, file, name, err);
     for (size_t i = 0; r == 0 && i < n_sets; i++)
         r = apply_set(cfg, sets[i], err);
     if (r == 0)
@@ -290,6 +278,23 @@ int config_open(struct config **out, const char *path, const char *const *sets, 
     }
     *out = cfg;
     return 0;
+}
+
+int config_open(struct config **out, const char *path, const char *const *sets, size_t n_sets, struct arle_err *err)
+{
+    struct stat st;
+    if (path == NULL)
+        return config_open_file(out, NULL, "", sets, n_sets, err);
+    FILE *f = fopen(path, "re");
+    if (f == NULL)
+        return arle_err_set(err, -errno, "%s: %s", path, strerror(errno));
+    int r = 0;
+    if (fstat(fileno(f), &st) == 0 && S_ISDIR(st.st_mode))
+        r = arle_err_set(err, -EISDIR, "%s: is a directory; name the file in it", path);
+    else
+        r = config_open_file(out, f, path, sets, n_sets, err);
+    fclose(f);
+    return r;
 }
 
 void config_close(struct config *cfg)

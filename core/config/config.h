@@ -34,6 +34,9 @@ const struct arle_conf_key *config_plugin_keys(uint32_t kind);
  * -ENOENT, -EACCES: file; -EINVAL: anything wrong in it. err->param is "section.key" where there is one.
  */
 int config_open(struct config **out, const char *path, const char *const *sets, size_t n_sets, struct arle_err *err);
+/** As config_open, from an open file; name stands in messages and is not opened. NULL file: defaults only. */
+int config_open_file(struct config **out, FILE *file, const char *name, const char *const *sets, size_t n_sets,
+                     struct arle_err *err);
 void config_close(struct config *cfg);      /* takes NULL */
 const char *config_path(const struct config *cfg);      /* "" when there is none */
 
@@ -71,7 +74,8 @@ const char *config_plugin_origin(const struct config *cfg, size_t i);
 const char *config_plugin_text(const struct config *cfg, const char *name, const char *key);
 
 /* ---- printing and comparing ---- */
-/** The effective configuration as a file that can be read again; secrets are left out. with_help adds help as comments. */
+/** The effective configuration as a file that can be read again; secrets are left out, and values that a file cannot hold
+ *  (--set allows any) stand in comments. with_help adds help as comments. */
 void config_dump(const struct config *cfg, FILE *out, bool with_help);
 /** Type, range and unit of a key for people: "bytes, 1KiB to 1GiB". Writes at most cap bytes. */
 const char *config_key_type(const struct arle_conf_key *key, char *buf, size_t cap);

@@ -10,6 +10,25 @@ static void print_help(FILE *out, const struct arle_conf_key *key)
             key->def[0] != '\0' ? key->def : "empty", (key->flags & ARLE_CONF_RELOAD) != 0 ? "; may change while running" : "");
 }
 
+/* True when the reader would read back just this text. */
+static bool fits_a_file(const char *name, const char *text)
+{
+    size_t n = strlen(text);
+    if (strlen(name) + 1 + n > 190 || strpbrk(text, "\r\n") != NULL || strstr(text, " ;") != NULL || strstr(text, "\t;") != NULL)
+        return false;
+    return n == 0 || (strchr(" \t", text[0]) == NULL && strchr(" \t", text[n - 1]) == NULL);
+}
+
+static void dump_value(FILE *out, const char *name, const char *text)
+{
+    if (!fits_a_file(name, text))
+        fprintf(out, "; --set %s=... holds what a line of a file cannot\n", name);
+    else if (text[0] == ';' || strlen(name) + strlen(text) > 180)
+        fprintf(out, "%s=%s\n", name, text);       /* " ;" would begin a comment, and lines have a limit */
+    else
+        fprintf(out, "%s = %s\n", name, text);
+}
+
 static void dump_section(const struct arle_conf *conf, FILE *out, bool with_help)
 {
     fprintf(out, "[%s]\n", conf->section);
@@ -20,7 +39,7 @@ static void dump_section(const struct arle_conf *conf, FILE *out, bool with_help
         if ((key->flags & ARLE_CONF_SECRET) != 0 && conf->values[i].text[0] != '\0')
             fprintf(out, "; %s is set and not shown\n", key->name);
         else
-            fprintf(out, "%s = %s\n", key->name, conf->values[i].text);
+            dump_value(out, key->name, conf->values[i].text);
     }
     fputc('\n', out);
 }
@@ -33,7 +52,7 @@ void config_dump(const struct config *cfg, FILE *out, bool with_help)
         const struct raw_section *rs = &cfg->plugins[i];
         fprintf(out, "[plugin %s]\n", rs->name);
         for (size_t k = 0; k < rs->n; k++)
-            fprintf(out, "%s = %s\n", rs->values[k].key, rs->values[k].text);
+            dump_value(out, rs->values[k].key, rs->values[k].text);
         fputc('\n', out);
     }
     for (size_t i = 0; i < cfg->n_models; i++)

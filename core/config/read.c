@@ -41,6 +41,8 @@ static int next_line(struct reader *rd, char *buf, size_t cap)
     for (; c != EOF && c != '\n'; c = fgetc(rd->file)) {
         if (c == '\0')
             return arle_err_set(rd->err, -EINVAL, "%s: NUL byte; the file is not text", place(rd, where, sizeof where));
+        if ((c < 0x20 && c != '\t' && c != '\r') || c == 0x7f)
+            return arle_err_set(rd->err, -EINVAL, "%s: control character 0x%02x", place(rd, where, sizeof where), c);
         if (n + 1 >= cap)
             return arle_err_set(rd->err, -EINVAL, "%s: line is longer than %d bytes; give the value with --set instead",
                                 place(rd, where, sizeof where), LINE_LIMIT);
@@ -49,6 +51,8 @@ static int next_line(struct reader *rd, char *buf, size_t cap)
     while (n > 0 && strchr(" \t\r", buf[n - 1]) != NULL)
         n--;
     buf[n] = '\0';
+    if (strchr(buf, '\r') != NULL)
+        return arle_err_set(rd->err, -EINVAL, "%s: carriage return inside the line", place(rd, where, sizeof where));
     return (int)n;
 }
 

@@ -153,7 +153,7 @@ static void bad_sets_are_refused(void)
         { "server.listen", "SECTION.KEY=VALUE" }, { "listen=x", "SECTION.KEY=VALUE" }, { ".x=1", "SECTION.KEY=VALUE" },
         { "server.=1", "SECTION.KEY=VALUE" }, { "=", "SECTION.KEY=VALUE" }, { "", "SECTION.KEY=VALUE" },
         { "server.lisen=x", "did you mean \"listen\"" }, { "sever.listen=x", "did you mean [server]" },
-        { "foo.bar=1", "unknown section [foo]" }, { "model.path=/x", "there are 0 models" },
+        { "tool-x.a b=1", "no key of a plugin" }, { "foo.bar=1", "unknown section [foo]" }, { "model.path=/x", "there are 0 models" },
         { "model.a b.path=/x", "letters, digits" }, { "kv.page_tokens=9999", "8 to 256" },
     };
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
