@@ -29,7 +29,7 @@ struct request_args {
     uint32_t n;                     /* independent answers, >= 1 */
     struct sampling sampling;
     const int32_t *stop_ids; uint32_t n_stop_ids;   /* end tokens; reported, not hidden */
-    bool ignore_eos;
+    bool ignore_eos;                /* only stop_ids end an answer, not the end tokens of the model (engine_defaults) */
     bool prompt_logprobs;           /* an event per prompt token (echo with logprobs) */
     bool drafts;                    /* report the drafter's proposals (needs a model with a drafter) */
     int32_t priority;               /* smaller runs first */
@@ -83,7 +83,10 @@ void request_stop(struct request *rq, uint32_t index);
 void request_cancel(struct request *rq);
 /** True and final figures once every answer ended. */
 bool request_usage(const struct request *rq, struct request_usage *out);
-/** The consumer is done with it; cancels it if it still runs. The engine frees it when both sides let go. */
+/**
+ * The consumer is done with it; cancels it if it still runs. The engine frees it when both sides let go. After the return no
+ * notify runs any more; not to be called from inside notify. Before engine_close() all consumers must have let go or ended.
+ */
 void request_unref(struct request *rq);
 
 struct engine_config {
@@ -102,6 +105,14 @@ struct engine_config {
     const char *config_json; size_t config_len;     /* NULL: model_dir/config.json */
     void (*progress)(void *arg, uint64_t done, uint64_t total);
     void *progress_arg;
+    int64_t watchdog_ms;                    /* a step longer than this is logged and counted; 0 = 10 s */
+    int64_t aging_ms;                       /* waiting this long is worth one priority level; 0 = 5 s */
+    void (*on_dead)(void *arg);             /* called once, on the engine thread, when the device died */
+    void *on_dead_arg;
+    /* For tests: virtual time in microseconds, and no thread: the caller drives engine_turn(). */
+    int64_t (*clock_us)(void *arg);
+    void *clock_arg;
+    bool manual;
 };
 
 /**
@@ -115,6 +126,24 @@ int engine_open(struct engine **out, const struct engine_config *cfg,
 int engine_drain(struct engine *e, int64_t deadline_ms);
 void engine_close(struct engine *e);
 const struct arle_model_desc *engine_model(const struct engine *e);
+/** Positions a request may use: the model's context, or less when the page pool cannot hold one sequence of that length. */
+uint32_t engine_context(const struct engine *e);
+/** Cancels the request of that id if it is still here. Any thread. -ENOMEM, else 0 (it may have ended meanwhile). */
+int engine_cancel(struct engine *e, uint64_t id);
+/** Manual mode: one turn of the loop, at most one step. 1: something was done, 0: idle, -EIO: dead. */
+int engine_turn(struct engine *e);
+
+/* generation_config.json, with the usual defaults where it is silent; `eos` also from config.json. */
+#define GEN_MAX_EOS 16
+struct generation_defaults {
+    float temperature, top_p, min_p, repetition;
+    int32_t top_k;
+    int32_t eos[GEN_MAX_EOS]; uint32_t n_eos;
+};
+const struct generation_defaults *engine_defaults(const struct engine *e);
+/** Parses both texts (either may be NULL). -EINVAL names the field. */
+int generation_parse(const char *gen_json, size_t gen_len, const char *config_json, size_t config_len,
+                     struct generation_defaults *out, struct arle_err *err);
 
 struct engine_stats {
     uint64_t steps, step_tokens, decode_rows, prefill_tokens, requests, finished, cancelled, rejected, errors, preempted;
@@ -123,7 +152,20 @@ struct engine_stats {
     uint64_t step_us_sum, plan_us_sum;
     bool dead;
     char dead_reason[256];
+    uint64_t completion_tokens, slow_steps, resumed, recomputed_tokens;
+    uint64_t collect_us_sum;                /* time spent waiting for steps */
+    int64_t step_age_us;                    /* how long the step that is waited for has been running; 0 when none is */
+    bool stalled;                           /* step_age_us is past the watchdog */
+    uint32_t n_pages, page_tokens;
 };
+
+/* Counts per upper bound in microseconds; the last bucket has no bound. */
+#define HIST_BUCKETS 20
+extern const int64_t hist_bounds_us[HIST_BUCKETS - 1];
+struct hist { uint64_t count, sum_us, bucket[HIST_BUCKETS]; };
+struct engine_hists { struct hist first_token, inter_token, queue, step; };
+void engine_hist(const struct engine *e, struct engine_hists *out);     /* any thread; as of the last step */
+
 void engine_stat(const struct engine *e, struct engine_stats *out);     /* any thread; a copy made once per step */
 struct kv_stats;
 void engine_kv_stat(const struct engine *e, struct kv_stats *out);

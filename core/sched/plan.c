@@ -1,0 +1,257 @@
+/*
+ * What a step does: decode rows first, then prefill chunks within the token budget, written into one staging buffer that
+ * goes to the device in one copy. No allocation; all arrays were sized at open.
+ */
+#include "sched/sched.h"
+#include <string.h>
+
+static size_t place(size_t *at, size_t n, size_t size)
+{
+    size_t here = *at;
+    *at = (here + n * size + 15) & ~(size_t)15;
+    return here;
+}
+
+struct layout plan_layout(uint32_t n_tokens, uint32_t n_seqs, uint32_t n_rows, uint32_t stride, uint32_t n_bias)
+{
+    struct layout l;
+    size_t at = 0;
+    l.table = place(&at, (size_t)n_seqs * stride, 4);
+    l.ids = place(&at, n_tokens, 4);
+    l.pos = place(&at, n_tokens, 4);
+    l.seq_of = place(&at, n_tokens, 4);
+    l.cu = place(&at, n_seqs + 1, 4);
+    l.ctx_len = place(&at, n_seqs, 4);
+    l.slot = place(&at, n_seqs, 4);
+    l.rows = place(&at, n_rows, 4);
+    l.srows = place(&at, n_rows, sizeof(struct arle_sample_row));
+    l.bias = place(&at, n_bias, sizeof(struct arle_bias));      /* last: its size may vary within a captured step */
+    l.end = at;
+    return l;
+}
+
+struct results results_at(uint8_t *base, uint32_t n_rows)
+{
+    struct results r;
+    size_t n = (n_rows + 3u) & ~3u;         /* arrays stay 16-byte aligned */
+    r.ids = (int32_t *)base;
+    r.logprob = (float *)(base + n * 4);
+    r.target = (float *)(base + n * 8);
+    r.top_logit = (float *)(base + n * 12);
+    r.bytes = n * 16;
+    r.top_ids = (int32_t *)(base + r.bytes);
+    r.top_logprobs = (float *)(base + r.bytes + n * 4 * ARLE_MAX_TOP);
+    r.bytes_top = r.bytes + n * 8 * ARLE_MAX_TOP;
+    return r;
+}
+
+/* Positions whose tokens are known or will be when the newest step has run. */
+static uint32_t available(const struct seq *sq)
+{
+    return sq->n_tokens + sq->pending;
+}
+
+bool seq_ready(const struct seq *sq)
+{
+    uint32_t avail = available(sq);
+    /* Once the last token is sampled nothing needs to be computed; a request for the prompt alone ends with it. */
+    return sq->n_computed < avail && (avail < sq->n_limit || sq->rq->max_new == 0);
+}
+
+/* ---- choosing ---- */
+
+static bool wants_sample(const struct seq *sq, uint32_t end)
+{
+    return sq->rq->max_new > 0 && end == available(sq);
+}
+
+/* First position of the part whose log-probability of the next prompt token was asked for and not given yet. */
+static uint32_t prompt_row_from(const struct seq *sq, uint32_t from)
+{
+    uint32_t first = sq->n_reported > 0 ? sq->n_reported - 1 : 0;
+    return first > from ? first : from;
+}
+
+static uint32_t prompt_rows(const struct seq *sq, uint32_t from, uint32_t end)
+{
+    uint32_t last = sq->n_prompt - 1, first = prompt_row_from(sq, from);
+    if (!sq->rq->prompt_logprobs || sq->index > 0)
+        return 0;
+    if (end < last)
+        last = end;
+    return last > first ? last - first : 0;
+}
+
+static bool add_part(struct engine *e, struct step *s, struct seq *sq, uint32_t n)
+{
+    uint32_t from = sq->n_computed, end = from + n, first = prompt_row_from(sq, from), n_prompt = prompt_rows(sq, from, end);
+    bool sample = wants_sample(sq, end);
+    uint32_t n_bias = sample ? sq->rq->sampling.n_bias : 0;
+    if (s->n_parts == e->cfg.max_seqs || s->n_rows + n_prompt + sample > e->max_rows || s->n_bias + n_bias > e->bias_cap)
+        return false;
+    s->part[s->n_parts++] = (struct part){ sq, from, n };
+    for (uint32_t i = 0; i < n_prompt; i++)
+        s->row[s->n_rows++] = (struct row){ sq, first + i, false };
+    if (sample)
+        s->row[s->n_rows++] = (struct row){ sq, end - 1, true };
+    s->n_bias += n_bias;
+    s->n_tokens += n;
+    s->drafts |= sq->rq->drafts;
+    if (n > s->max_new)
+        s->max_new = n;
+    if (end > s->max_ctx)
+        s->max_ctx = end;
+    return true;
+}
+
+static void choose_decode(struct engine *e, struct step *s)
+{
+    for (uint32_t i = 0; i < e->n_run; i++) {
+        struct seq *sq = e->run[i];
+        uint32_t n_pages;
+        if (!seq_ready(sq) || available(sq) - sq->n_computed != 1)
+            continue;
+        kv_seq_pages(sq->kv, &n_pages);
+        if (sq->n_computed < n_pages * e->page_tokens && add_part(e, s, sq, 1))
+            s->n_decode++;
+    }
+}
+
+static void choose_prefill(struct engine *e, struct step *s)
+{
+    for (uint32_t i = 0; i < e->n_run && s->n_tokens < e->cfg.max_tokens; i++) {
+        struct seq *sq = e->run[i];
+        uint32_t left = available(sq) - sq->n_computed, budget = e->cfg.max_tokens - s->n_tokens, from = sq->n_computed;
+        if (!seq_ready(sq) || left <= 1)
+            continue;
+        if (left > budget)
+            left = budget;
+        if (sq->rq->prompt_logprobs && left > e->max_rows - s->n_rows)
+            left = e->max_rows - s->n_rows;
+        uint32_t end = kv_seq_cut(sq->kv, from, from + left);
+        if (end > from && add_part(e, s, sq, end - from))
+            s->n_prefill += end - from;
+    }
+}
+
+/* ---- writing ---- */
+
+static uint32_t pow2_at_least(uint32_t n, uint32_t from)
+{
+    while (from < n)
+        from *= 2;
+    return from;
+}
+
+/* Block tables are as wide as the longest sequence needs, in powers of two: few widths to capture, and little to copy. */
+static uint32_t table_stride(const struct engine *e, const struct step *s)
+{
+    uint32_t stride = pow2_at_least((s->max_ctx + e->page_tokens - 1) / e->page_tokens, 64);
+    return stride < e->max_stride ? stride : e->max_stride;
+}
+
+static int32_t *ints(struct step *s, size_t at)
+{
+    return (int32_t *)(s->in + at);
+}
+
+static void write_part(struct engine *e, struct step *s, uint32_t i, uint32_t first)
+{
+    const struct part *p = &s->part[i];
+    struct seq *sq = p->seq;
+    int32_t *ids = ints(s, s->at.ids) + first, *pos = ints(s, s->at.pos) + first, *seq_of = ints(s, s->at.seq_of) + first;
+    for (uint32_t t = 0; t < p->n; t++) {
+        uint32_t at = p->from + t;
+        ids[t] = at < sq->n_tokens ? sq->tokens[at] : -1 - (int32_t)sq->pending_row;
+        pos[t] = (int32_t)at;
+        seq_of[t] = (int32_t)i;
+    }
+    uint32_t n_pages;
+    const int32_t *pages = kv_seq_pages(sq->kv, &n_pages);
+    memcpy(ints(s, s->at.table) + (size_t)i * s->stride, pages, (n_pages < s->stride ? n_pages : s->stride) * sizeof *pages);
+    ints(s, s->at.cu)[i + 1] = (int32_t)(first + p->n);
+    ints(s, s->at.ctx_len)[i] = (int32_t)(p->from + p->n);
+    ints(s, s->at.slot)[i] = kv_seq_slot(sq->kv);
+}
+
+/* Rows that fill a bucket: one token of nobody, at page 0 and slot 0, result thrown away. */
+static void write_padding(struct step *s, uint32_t i)
+{
+    ints(s, s->at.ids)[i] = 0;
+    ints(s, s->at.pos)[i] = 0;
+    ints(s, s->at.seq_of)[i] = (int32_t)i;
+    memset(ints(s, s->at.table) + (size_t)i * s->stride, 0, s->stride * sizeof(int32_t));
+    ints(s, s->at.cu)[i + 1] = (int32_t)i + 1;
+    ints(s, s->at.ctx_len)[i] = 1;
+    ints(s, s->at.slot)[i] = 0;
+    ints(s, s->at.rows)[i] = (int32_t)i;
+    ((struct arle_sample_row *)(s->in + s->at.srows))[i] = (struct arle_sample_row){ .top_p = 1, .repetition = 1, .target = -1 };
+}
+
+static void write_rows(struct engine *e, struct step *s)
+{
+    struct arle_sample_row *out = (struct arle_sample_row *)(s->in + s->at.srows);
+    struct arle_bias *bias = (struct arle_bias *)(s->in + s->at.bias);
+    uint32_t part = 0, n_bias = 0;
+    for (uint32_t r = 0; r < s->n_real_rows; r++) {
+        const struct row *row = &s->row[r];
+        while (s->part[part].seq != row->seq)       /* rows are in the order of their parts */
+            part++;
+        ints(s, s->at.rows)[r] = ints(s, s->at.cu)[part] + (int32_t)(row->pos - s->part[part].from);
+        sample_row(e, s, row, &out[r]);
+        if (out[r].n_bias > 0) {
+            memcpy(bias + n_bias, row->seq->rq->bias, out[r].n_bias * sizeof *bias);
+            out[r].bias = (const struct arle_bias *)(e->d_in + s->at.bias) + n_bias;
+            n_bias += out[r].n_bias;
+        }
+        s->any_top |= out[r].n_top > 0;
+        s->any_draw |= out[r].temperature > 0;
+        s->any_edit |= out[r].n_bias > 0 || out[r].history != NULL;
+    }
+}
+
+/* The plan is final: sequences now stand where they will be when it has run. */
+static void advance(struct step *s)
+{
+    for (uint32_t i = 0; i < s->n_parts; i++) {
+        s->part[i].seq->n_computed += s->part[i].n;
+        s->part[i].seq->inflight++;
+    }
+    for (uint32_t r = 0; r < s->n_real_rows; r++)
+        if (s->row[r].sample) {
+            s->row[r].seq->pending++;
+            s->row[r].seq->pending_row = r;
+        }
+}
+
+bool plan_step(struct engine *e, struct step *s)
+{
+    s->n_tokens = s->n_seqs = s->n_decode = s->n_rows = s->n_parts = s->n_prefill = s->max_new = s->max_ctx = s->n_bias = 0;
+    s->drafts = s->any_top = s->any_draw = s->any_edit = false;
+    choose_decode(e, s);
+    choose_prefill(e, s);
+    if (s->n_parts == 0)
+        return false;
+    s->n_seqs = s->n_parts;
+    s->n_real_rows = s->n_rows;
+    s->stride = table_stride(e, s);
+    s->graph = e->graphs_on && s->n_decode == s->n_parts && s->n_rows == s->n_tokens;
+    for (uint32_t r = 0; s->graph && r < s->n_rows; r++)
+        s->graph = s->row[r].sample;
+    if (s->graph) {
+        uint64_t widest = (uint64_t)s->stride * e->page_tokens;
+        s->n_seqs = s->n_tokens = s->n_rows = s->n_decode = step_bucket(e, s->n_parts);
+        s->max_ctx = widest < e->context ? (uint32_t)widest : e->context;
+    }
+    s->at = plan_layout(s->n_tokens, s->n_seqs, s->n_rows, s->stride, s->n_bias);
+    ints(s, s->at.cu)[0] = 0;
+    uint32_t first = 0;
+    for (uint32_t i = 0; i < s->n_parts; first += s->part[i++].n)
+        write_part(e, s, i, first);
+    for (uint32_t i = s->n_parts; i < s->n_seqs; i++)
+        write_padding(s, i);
+    write_rows(e, s);
+    s->no = ++e->step_no;
+    advance(s);
+    return true;
+}

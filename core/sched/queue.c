@@ -1,0 +1,266 @@
+/*
+ * Who waits, and who is next. Requests come by a mailbox (a stack that the engine empties at once), wait in one list, and are
+ * chosen by aged priority, then by the least served tenant, then by arrival. See docs/scheduler.md for the why.
+ */
+#include "sched/sched.h"
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_IDLE_TENANTS 1024u
+
+void queue_wake(struct engine *e)
+{
+    /* Pairs with the engine going to sleep: it sets sleeping, then looks at its mail once more before it waits on bell. */
+    atomic_fetch_add(&e->bell, 1);
+    if (atomic_load(&e->sleeping))
+        bell_wake(&e->bell);
+}
+
+/* ---- tenants ---- */
+
+/* The least served of those who are here, or 0. */
+static uint64_t least_service(const struct engine *e)
+{
+    uint64_t least = UINT64_MAX;
+    for (const struct tenant *t = e->tenants; t != NULL; t = t->next)
+        if (t->live > 0 && t->service < least)
+            least = t->service;
+    return least == UINT64_MAX ? 0 : least;
+}
+
+static void tenants_trim(struct engine *e)
+{
+    for (struct tenant **p = &e->tenants; *p != NULL;) {
+        struct tenant *t = *p;
+        if (t->live == 0) {
+            *p = t->next;
+            e->n_tenants--;
+            free(t);
+        } else {
+            p = &t->next;
+        }
+    }
+}
+
+/* Takes the request's own record into the table unless its tenant is there already. */
+static void tenant_join(struct engine *e, struct request *rq)
+{
+    struct tenant *t = e->tenants;
+    while (t != NULL && strcmp(t->name, rq->tenant_own->name) != 0)
+        t = t->next;
+    if (t == NULL) {
+        if (e->n_tenants >= MAX_IDLE_TENANTS)
+            tenants_trim(e);
+        t = rq->tenant_own;
+        rq->tenant_own = NULL;
+        t->next = e->tenants;
+        e->tenants = t;
+        e->n_tenants++;
+    }
+    rq->tenant = t;
+    /* Who was away cannot have saved up service, or it would lock everybody else out on its return. */
+    uint64_t floor = t->live == 0 ? least_service(e) : 0;
+    if (t->service < floor)
+        t->service = floor;
+    t->live += rq->n;
+}
+
+void queue_leave_tenant(struct engine *e, struct seq *sq)
+{
+    sq->rq->tenant->live--;
+}
+
+void queue_tenants_free(struct engine *e)
+{
+    while (e->tenants != NULL) {
+        struct tenant *t = e->tenants;
+        e->tenants = t->next;
+        free(t);
+    }
+}
+
+void queue_charge(struct engine *e, struct seq *sq, uint32_t tokens)
+{
+    sq->rq->tenant->service += tokens;
+}
+
+/* ---- the waiting list ---- */
+
+void queue_add(struct engine *e, struct seq *sq)
+{
+    sq->prev = NULL;
+    sq->next = e->wait_head;
+    if (sq->next != NULL)
+        sq->next->prev = sq;
+    e->wait_head = sq;
+    e->n_wait++;
+    e->n_parked += sq->state == SEQ_PARKED;
+    e->admit_again = true;
+}
+
+void queue_remove(struct engine *e, struct seq *sq)
+{
+    if (sq->prev != NULL)
+        sq->prev->next = sq->next;
+    else
+        e->wait_head = sq->next;
+    if (sq->next != NULL)
+        sq->next->prev = sq->prev;
+    sq->next = sq->prev = NULL;
+    e->n_wait--;
+    e->n_parked -= sq->state == SEQ_PARKED;
+}
+
+/* An answer that can share its request's prompt waits until the first one has computed it. */
+static bool waits_for_sibling(const struct engine *e, const struct seq *sq)
+{
+    const struct seq *first = &sq->rq->seq[0];
+    return e->cfg.prefix_cache && sq->index > 0 && !sq->opened && first->state != SEQ_DONE && first->n_computed < first->n_prompt;
+}
+
+static int64_t aged(const struct engine *e, const struct seq *sq, int64_t now)
+{
+    return (int64_t)sq->rq->priority - (now - sq->since_us) / (e->cfg.aging_ms * 1000);
+}
+
+static bool before(const struct engine *e, const struct seq *a, const struct seq *b, int64_t now)
+{
+    int64_t pa = aged(e, a, now), pb = aged(e, b, now);
+    if (pa != pb)
+        return pa < pb;
+    if (a->rq->tenant != b->rq->tenant && a->rq->tenant->service != b->rq->tenant->service)
+        return a->rq->tenant->service < b->rq->tenant->service;
+    if (a->rq->id != b->rq->id)
+        return a->rq->id < b->rq->id;
+    return a->index < b->index;
+}
+
+struct seq *queue_best(struct engine *e, int64_t now)
+{
+    struct seq *best = NULL;
+    for (struct seq *sq = e->wait_head; sq != NULL; sq = sq->next)
+        if (!sq->moving && !waits_for_sibling(e, sq) && (best == NULL || before(e, sq, best, now)))
+            best = sq;
+    return best;
+}
+
+/* ---- mail ---- */
+
+static void take_request(struct engine *e, struct request *rq)
+{
+    tenant_join(e, rq);
+    e->st.requests++;
+    if (rq->deadline_us < e->next_deadline_us)
+        e->next_deadline_us = rq->deadline_us;
+    for (uint32_t i = 0; i < rq->n; i++)
+        queue_add(e, &rq->seq[i]);
+    if (rq->prompt_logprobs) {      /* nothing predicts the first token */
+        struct token_event ev = { .kind = EV_PROMPT, .id = rq->seq[0].tokens[0], .logprob = NAN, .top_logit = NAN };
+        seq_emit(e, &rq->seq[0], &ev);
+        rq->seq[0].n_reported = 1;
+    }
+    /* Nothing to compute: the prompt comes back as it is . */
+    if (rq->max_new > 0 || (rq->prompt_logprobs && rq->n_prompt > 1))
+        return;
+    for (uint32_t i = 0; i < rq->n; i++)
+        seq_finish(e, &rq->seq[i], FINISH_LENGTH, 0);
+}
+
+static bool take_mail(struct engine *e)
+{
+    struct request *rq = atomic_exchange_explicit(&e->mail, NULL, memory_order_acquire), *fifo = NULL;
+    while (rq != NULL) {        /* the stack has the newest on top */
+        struct request *next = rq->mail_next;
+        rq->mail_next = fifo;
+        fifo = rq;
+        rq = next;
+    }
+    bool any = fifo != NULL;
+    while (fifo != NULL) {
+        struct request *next = fifo->mail_next;
+        take_request(e, fifo);
+        fifo = next;
+    }
+    return any;
+}
+
+/* Calls fn for every answer that has not ended. fn may end it. */
+static void each_live(struct engine *e, void (*fn)(struct engine *e, struct seq *sq, int64_t now), int64_t now)
+{
+    for (struct seq *sq = e->wait_head, *next; sq != NULL; sq = next) {
+        next = sq->next;
+        fn(e, sq, now);
+    }
+    for (uint32_t i = e->n_run; i-- > 0;)
+        fn(e, e->run[i], now);
+}
+
+static void heed_flags(struct engine *e, struct seq *sq, int64_t now)
+{
+    if (atomic_load(&sq->rq->cancel))
+        seq_finish(e, sq, FINISH_CANCELLED, 0);
+    else if (atomic_load(&sq->rq->stop[sq->index]))
+        seq_finish(e, sq, FINISH_STOP, 0);
+}
+
+static void heed_deadline(struct engine *e, struct seq *sq, int64_t now)
+{
+    if (now >= sq->rq->deadline_us)
+        seq_finish(e, sq, FINISH_DEADLINE, 0);
+    else if (sq->rq->deadline_us < e->next_deadline_us)
+        e->next_deadline_us = sq->rq->deadline_us;
+}
+
+static void cancel_by_id(struct engine *e, uint64_t id)
+{
+    for (struct seq *sq = e->wait_head; sq != NULL; sq = sq->next)
+        if (sq->rq->id == id)
+            atomic_store(&sq->rq->cancel, 1);
+    for (uint32_t i = 0; i < e->n_run; i++)
+        if (e->run[i]->rq->id == id)
+            atomic_store(&e->run[i]->rq->cancel, 1);
+}
+
+bool queue_intake(struct engine *e)
+{
+    int64_t now = engine_now(e);
+    bool any = false;
+    if (atomic_load_explicit(&e->mail, memory_order_relaxed) != NULL)
+        any = take_mail(e);
+    if (atomic_load_explicit(&e->notes, memory_order_relaxed) != NULL) {
+        struct note *note = atomic_exchange_explicit(&e->notes, NULL, memory_order_acquire);
+        while (note != NULL) {
+            struct note *next = note->next;
+            cancel_by_id(e, note->cancel_id);
+            free(note);
+            note = next;
+        }
+        atomic_store(&e->attention, 1);
+    }
+    if (atomic_load_explicit(&e->attention, memory_order_relaxed) && atomic_exchange(&e->attention, 0)) {
+        each_live(e, heed_flags, now);
+        any = true;
+    }
+    if (now >= e->next_deadline_us) {
+        e->next_deadline_us = INT64_MAX;
+        each_live(e, heed_deadline, now);
+        any = true;
+    }
+    if (atomic_load_explicit(&e->cut, memory_order_relaxed) || atomic_load_explicit(&e->closing, memory_order_relaxed))
+        seq_all_fail(e, FINISH_CANCELLED, 0);
+    return any;
+}
+
+int engine_cancel(struct engine *e, uint64_t id)
+{
+    struct note *note = malloc(sizeof *note);
+    if (note == NULL)
+        return -ENOMEM;
+    note->cancel_id = id;
+    note->next = atomic_load_explicit(&e->notes, memory_order_relaxed);
+    while (!atomic_compare_exchange_weak_explicit(&e->notes, &note->next, note, memory_order_release, memory_order_relaxed))
+        ;
+    queue_wake(e);
+    return 0;
+}
