@@ -124,7 +124,7 @@ const struct kernels *kernels_avx512bf16(void);
     X(linear_ref) X(linear_avx2) X(linear_avx512) X(linear_avx512bf16) X(linear_gemv) X(linear_gemm) X(linear_f32_weight) \
     X(gate_up) X(embed) X(rmsnorm) X(silu_mul) X(attn_prepare) X(attn_tile) X(attn_split) X(attn_quant) X(gdn_decode) X(gdn_prefill) \
     X(moe_route) X(moe_experts) X(seq_shift) X(sample_argmax) X(sample_draw) X(sample_edit) X(parallel_ops) X(copied_bytes) \
-    X(hc_pre) X(compress) X(index_all) X(index_scored) X(attn_latent)
+    X(hc_pre) X(compress) X(index_all) X(index_scored) X(linear_fp4) X(attn_latent)
 #define CPU_COUNTER_ENUM_(name) N_##name,
 enum counter_id { CPU_COUNTERS(CPU_COUNTER_ENUM_) N_COUNTERS };
 
@@ -179,10 +179,12 @@ uint32_t cpu_n_devices(void *ctx);
 int cpu_device_info(void *ctx, uint32_t index, struct arle_device_info *out, struct arle_err *err);
 int cpu_ceiling(struct arle_device *dev, double *read_bytes_s, double *bf16_flop_s, struct arle_err *err);
 
+#define CPU_FP4 ARLE_U8         /* packed E2M1 pairs with E8M0 scales per 32 columns, experts only */
+
 /* ---- weights (weight.c) -------------------------------------------------------------------------------------------- */
 
 struct arle_weight {
-    uint32_t role, dtype;       /* dtype of the packing: ARLE_BF16 or ARLE_F32 */
+    uint32_t role, dtype;       /* of the packing: ARLE_BF16, ARLE_F32 or CPU_FP4 */
     uint32_t n_experts, act_quant;
     int64_t n, k, k2;           /* rows per expert (gate and up together), columns, ceil(k / 2) */
     int64_t n_blocks;           /* per expert */
@@ -197,6 +199,8 @@ uint64_t cpu_weight_bytes(const struct arle_weight *w);
 uint64_t cpu_weight_predict(struct arle_device *dev, const struct arle_weight_desc *d);
 /** Row `row` of a packed weight of role EMBED or LINEAR as act values. */
 void weight_row(const struct arle_weight *w, int64_t row, void *out, uint32_t dtype);
+/** One CPU_FP4 block as bf16 [k2][16][2]. */
+void weight_widen(const struct arle_weight *w, const char *block, uint16_t *out);
 
 /* ---- matrix products (ops_linear.c) -------------------------------------------------------------------------------- */
 

@@ -97,6 +97,15 @@ static void store_gate(const struct mm_job *j, uint32_t row, int64_t block, unsi
     }
 }
 
+/* The blocks of one group as bf16, in the thread's scratch: widened once for all rows. */
+static const char *widen_blocks(struct arle_device *dev, const struct arle_weight *w, const char *packed, unsigned blocks, unsigned part)
+{
+    uint16_t *out = thread_scratch(dev, part);
+    for (unsigned i = 0; i < blocks; i++)
+        weight_widen(w, packed + i * w->block_bytes, out + (size_t)i * (size_t)w->k2 * CPU_BLOCK * 2);
+    return (const char *)out;
+}
+
 /* Columns outside, row tiles inside: a group of weight blocks is read from memory once and stays in cache for all rows. */
 static void mm_job(void *arg, unsigned part, unsigned n_parts)
 {
@@ -109,12 +118,15 @@ static void mm_job(void *arg, unsigned part, unsigned n_parts)
     _Alignas(64) float acc[CPU_MAX_ROWS * CPU_TILE_COLS];
     if (group < unit)
         group = unit;
+    size_t block_bytes = w->dtype == CPU_FP4 ? (size_t)w->k2 * CPU_BLOCK * 4 : w->block_bytes;
     for (int64_t b = part_begin(units, part, n_parts) * unit; b < end; b += group) {
         unsigned blocks = end - b < group ? (unsigned)(end - b) : group;
         const char *wb = w->data + m->expert * w->expert_bytes + (size_t)b * w->block_bytes;
+        if (w->dtype == CPU_FP4)
+            wb = widen_blocks(j->dev, w, wb, blocks, part);
         for (uint32_t r = 0; r < j->n_rows; r += mr) {
             unsigned rows = j->n_rows - r < mr ? j->n_rows - r : mr;
-            j->gemm(j->packed + r * j->row_bytes, rows, w->k2, wb, w->block_bytes, blocks, acc);
+            j->gemm(j->packed + r * j->row_bytes, rows, w->k2, wb, block_bytes, blocks, acc);
             for (unsigned i = 0; i < rows; i++)
                 (m->form == MM_GATE ? store_gate : store_plain)(j, j->row0 + r + i, b, blocks, acc + i * blocks * CPU_BLOCK);
         }
@@ -135,13 +147,15 @@ static void count_path(struct mm_job *j)
     count(j->dev, j->m->n_rows == 1 ? N_linear_gemv : N_linear_gemm, 1);
     if (j->m->w->dtype == ARLE_F32)
         count(j->dev, N_linear_f32_weight, 1);
+    if (j->m->w->dtype == CPU_FP4)
+        count(j->dev, N_linear_fp4, 1);
 }
 
 void mm_run(struct arle_device *dev, const struct mm *m)
 {
     const struct kernels *k = dev->k;
     struct mm_job j = { .m = m, .dev = dev, .k = k };
-    bool bf16_weight = m->w->dtype == ARLE_BF16;
+    bool bf16_weight = m->w->dtype != ARLE_F32;
     if (m->n_rows == 0)
         return;
     j.x_kind = bf16_weight && m->dtype == ARLE_BF16 && k->bf16_dot ? X_BF16 : X_F32;

@@ -4,6 +4,9 @@
  * memory, read from end to end by whoever computes its 16 outputs. Gate and up rows alternate by block, so that a tile that
  * covers two blocks has both halves of the product.
  *
+ * Experts in E2M1 with power-of-two scales per 32 columns stay packed: a block holds [k2][16] bytes, one pair of columns of a
+ * row each, then [k / 32][16] scale bytes. A tile widens its blocks to bf16 before it multiplies (weight_widen).
+ *
  * Values are exact: bf16 stays bf16, and so do formats whose values all fit bf16 (E4M3 and E2M1 with power-of-two scales);
  * f32, f16 and the rest become f32.
  */
@@ -53,7 +56,8 @@ static void part_row(const struct arle_weight_part *p, int64_t row, int64_t k, f
     uint64_t r = (uint64_t)(p->row0 + row), base = r * (uint64_t)k;
     if (p->t->data == NULL) {
         for (int64_t i = 0; i < k; i++)
-            out[i] = random_value(p->t, base + (uint64_t)i);
+            out[i] = p->format == ARLE_FMT_PLAIN ? random_value(p->t, base + (uint64_t)i)
+                                                 : bf16_to_f32(f32_to_bf16(random_value(p->t, base + (uint64_t)i)));
         return;
     }
     switch (p->format) {
@@ -81,9 +85,15 @@ static void part_row(const struct arle_weight_part *p, int64_t row, int64_t k, f
 /* Whether every value of the part is a bf16 number. */
 static bool fits_bf16(const struct arle_weight_part *p)
 {
-    if (p->format == ARLE_FMT_PLAIN || p->t->data == NULL)
+    if (p->format == ARLE_FMT_PLAIN)
         return p->t->dtype == ARLE_BF16;
     return p->scale->dtype == ARLE_F8E8M0 && (p->format == ARLE_FMT_FP8_BLOCK || p->scale2 == 1.0f);
+}
+
+/* Whether the part can stay packed: E2M1 with one E8M0 scale per 32 columns. */
+static bool is_packed_fp4(const struct arle_weight_desc *d, const struct arle_weight_part *p)
+{
+    return p->format == ARLE_FMT_FP4_GROUP && p->bk == 32 && p->scale2 == 1.0f && p->scale->dtype == ARLE_F8E8M0 && d->k % 32 == 0;
 }
 
 static int check_part(const struct arle_weight_desc *d, uint32_t i, struct arle_err *err)
@@ -139,6 +149,7 @@ static int plan(const struct arle_weight_desc *d, struct arle_weight *w, struct 
     if ((gate || experts) && d->n_parts != w->n_experts * per_expert)
         return arle_err_set(err, -EINVAL, "%s: %u parts, expected %u", name, d->n_parts, w->n_experts * per_expert);
     w->dtype = ARLE_BF16;
+    uint32_t n_fp4 = 0;
     for (uint32_t i = 0; i < d->n_parts; i++) {
         if (d->role == ARLE_W_VECTOR)
             break;
@@ -148,10 +159,13 @@ static int plan(const struct arle_weight_desc *d, struct arle_weight *w, struct 
         if ((gate || experts) && d->parts[i].n_rows != d->parts[0].n_rows)
             return arle_err_set(err, -EINVAL, "%s: part %u has %lld rows, part 0 has %lld", name, i,
                                 (long long)d->parts[i].n_rows, (long long)d->parts[0].n_rows);
+        n_fp4 += experts && is_packed_fp4(d, &d->parts[i]);
         if (!fits_bf16(&d->parts[i]))
             w->dtype = ARLE_F32;
         w->n += d->parts[i].n_rows;
     }
+    if (experts && n_fp4 == d->n_parts)
+        w->dtype = CPU_FP4;
     if (d->role == ARLE_W_VECTOR) {
         const struct arle_weight_part *p = &d->parts[0];
         if (d->n_parts != 1 || p->t == NULL || p->format != ARLE_FMT_PLAIN
@@ -167,7 +181,10 @@ static int plan(const struct arle_weight_desc *d, struct arle_weight *w, struct 
     w->k2 = (w->k + 1) / 2;
     int64_t per_part = (w->n / per_expert + CPU_BLOCK - 1) / CPU_BLOCK;
     w->n_blocks = gate ? 2 * per_part : (w->n + CPU_BLOCK - 1) / CPU_BLOCK;
-    w->block_bytes = (size_t)w->k2 * 2 * CPU_BLOCK * act_size(w->dtype);
+    w->block_bytes = w->dtype == CPU_FP4 ? (size_t)w->k2 * CPU_BLOCK + (size_t)w->k / 32 * CPU_BLOCK
+                                         : (size_t)w->k2 * 2 * CPU_BLOCK * act_size(w->dtype);
+    if (w->dtype == CPU_FP4 && (size_t)w->k2 * CPU_BLOCK * 4 * (CPU_TILE_COLS / CPU_BLOCK) > CPU_THREAD_SCRATCH)
+        return arle_err_set(err, -EINVAL, "%s: %lld columns of packed 4-bit values are more than this backend handles", name, (long long)w->k);
     if (arle_mul_size(&w->expert_bytes, (size_t)w->n_blocks, w->block_bytes) < 0
         || arle_mul_size(&w->bytes, w->expert_bytes, w->n_experts) < 0)
         return arle_err_set(err, -EINVAL, "%s: too large", name);
@@ -213,6 +230,40 @@ static void pack_block(const struct arle_weight *w, char *block, const float *ro
     }
 }
 
+/* Row `row` of a part as it lies in the file: k / 2 code bytes, k / 32 scale bytes. Random: uniform codes, scales that give
+ * the tensor's standard deviation within a factor of two. */
+static void pack_fp4(const struct arle_weight *w, char *block, const struct arle_weight_part *p, int64_t row, int64_t c)
+{
+    uint64_t r = (uint64_t)(p->row0 + row), at = r * (uint64_t)w->k2, groups = (uint64_t)w->k / 32;
+    uint8_t *codes = (uint8_t *)block, *scales = codes + (size_t)w->k2 * CPU_BLOCK;
+    for (int64_t i = 0; i < w->k2; i++) {
+        uint64_t z = (p->t->rand_seed ^ (at + (uint64_t)i + 1)) * 0x9E3779B97F4A7C15u;
+        codes[i * CPU_BLOCK + c] = p->t->data ? ((const uint8_t *)p->t->data)[at + (uint64_t)i] : (uint8_t)(z >> 56);
+    }
+    int random_scale = p->t->data ? 0 : 127 + (int)floor(log2(p->t->rand_std > 0 ? p->t->rand_std / 2.9 : 0x1p-7));
+    for (uint64_t g = 0; g < groups; g++)
+        scales[g * CPU_BLOCK + (uint64_t)c] = p->t->data ? ((const uint8_t *)p->scale->data)[r * groups + g] : (uint8_t)random_scale;
+}
+
+void weight_widen(const struct arle_weight *w, const char *block, uint16_t *out)
+{
+    const uint8_t *codes = (const uint8_t *)block, *scales = codes + (size_t)w->k2 * CPU_BLOCK;
+    for (int64_t g = 0; g < w->k / 32; g++) {
+        uint32_t lut[CPU_BLOCK][16];        /* bf16 of every code times the group's scale */
+        for (int64_t c = 0; c < CPU_BLOCK; c++) {
+            float s = e8m0_to_f32(scales[g * CPU_BLOCK + c]);
+            for (int v = 0; v < 16; v++)
+                lut[c][v] = f32_to_bf16(e2m1_to_f32((uint8_t)v) * s);
+        }
+        for (int64_t i = g * 16; i < (g + 1) * 16; i++)
+            for (int64_t c = 0; c < CPU_BLOCK; c++) {
+                uint8_t b = codes[i * CPU_BLOCK + c];
+                uint32_t pair = lut[c][b & 15] | lut[c][b >> 4] << 16;
+                memcpy(out + (i * CPU_BLOCK + c) * 2, &pair, sizeof pair);
+            }
+    }
+}
+
 static void pack_part(void *arg, unsigned part, unsigned n_parts)
 {
     const struct packer *pk = arg;
@@ -224,7 +275,11 @@ static void pack_part(void *arg, unsigned part, unsigned n_parts)
         for (int64_t c = 0; c < CPU_BLOCK; c++) {
             const struct arle_weight_part *src;
             int64_t r;
-            if (source_row(pk, expert, b % w->n_blocks * CPU_BLOCK + c, &src, &r)) {
+            if (!source_row(pk, expert, b % w->n_blocks * CPU_BLOCK + c, &src, &r))
+                continue;
+            if (w->dtype == CPU_FP4) {
+                pack_fp4(w, w->data + (size_t)b * w->block_bytes, src, r, c);
+            } else {
                 part_row(src, r, w->k, row);
                 pack_block(w, w->data + (size_t)b * w->block_bytes, row, c);
             }

@@ -195,7 +195,7 @@ static int drafts(struct arle_model *m, struct arle_stream *st, const struct arl
     uint32_t n = b->n_tokens, D = c->D;
     int64_t SD = (int64_t)c->S * D;
     const struct arle_seq_shift_args sh = { .dtype = m->act, .dim = (uint32_t)SD, .batch = b, .x = s->X, .ld_x = SD,
-                                            .record = m->previous, .out = s->Xd };
+                                            .record = m->previous, .out = s->Xd, .ld_out = SD };
     TRY(m->ops->seq_shift(m->dev, st, &sh));
     TRY(norm(m, st, n * c->S, D, s->Xd, D, m->hnorm, s->X, D));         /* the trunk's streams are no longer needed */
     TRY(embed(m, st, b, s->u));

@@ -13,6 +13,7 @@ struct harness {
     struct config *cfg;
     struct registry *reg;
     const struct arle_backend_api *be;
+    struct arle_backend_api counting;   /* be with a weight_create that adds up what was made */
     const struct arle_model_api *api;
     struct arle_device *dev;
     struct arle_stream *st;
@@ -40,6 +41,17 @@ static void copy(struct harness *h, void *dst, const void *src, size_t bytes, ui
     struct arle_err err;
     h->be->mem.copy(h->dev, h->st, dst, src, bytes, dir);
     h->be->mem.stream_sync(h->dev, h->st, &err);
+}
+
+static int (*real_create)(struct arle_device *, const struct arle_weight_desc *, struct arle_weight **, struct arle_err *);
+static uint64_t (*real_bytes)(const struct arle_weight *);
+static uint64_t created_bytes;
+
+static int counting_create(struct arle_device *dev, const struct arle_weight_desc *d, struct arle_weight **out, struct arle_err *err)
+{
+    int r = real_create(dev, d, out, err);
+    created_bytes += r == 0 ? real_bytes(*out) : 0;
+    return r;
 }
 
 static int open_parts(struct harness *h, struct arle_err *err)
@@ -76,10 +88,14 @@ static int open_parts(struct harness *h, struct arle_err *err)
     r = o->random ? weights_random(&h->weights, 1, err) : weights_open(o->model_dir, &h->weights, err);
     if (r < 0)
         return r;
+    h->counting = *h->be;
+    h->counting.weight_create = counting_create;
+    real_create = h->be->weight_create, real_bytes = h->be->weight_bytes;
+    created_bytes = 0;
     const struct arle_model_load load = { .struct_size = sizeof load, .compute = o->compute, .kv_dtype = o->kv_dtype,
         .page_tokens = o->page_tokens, .max_tokens = o->max_tokens, .max_seqs = o->n_seqs, .max_rows = o->max_tokens,
         .drafts = o->drafts, .parity = o->parity, .config_json = h->json, .config_len = h->json_len, .weights = h->weights,
-        .backend = h->be, .device = h->dev };
+        .backend = &h->counting, .device = h->dev };
     if ((r = h->api->load(mo->ctx, &load, &h->model, err)) < 0)
         return r;
     h->desc = h->api->describe(h->model);
@@ -155,6 +171,11 @@ void harness_close(struct harness *h)
 const struct arle_model_desc *harness_desc(const struct harness *h)
 {
     return h->desc;
+}
+
+uint64_t harness_weight_bytes_created(const struct harness *h)
+{
+    return created_bytes;
 }
 
 const struct arle_model_api *harness_api(const struct harness *h)

@@ -24,7 +24,8 @@ int harness_open(struct harness **out, const struct harness_options *o, struct a
 void harness_close(struct harness *h);
 const struct arle_model_desc *harness_desc(const struct harness *h);
 const struct arle_model_api *harness_api(const struct harness *h);
-uint64_t harness_weight_bytes_predicted(const struct harness *h);
+/* Bytes of the weights that the backend really made during the load, to hold against desc.weight_bytes. */
+uint64_t harness_weight_bytes_created(const struct harness *h);
 
 /* Forgets sequence s: its records become zero. */
 void harness_reset(struct harness *h, uint32_t s);
