@@ -107,6 +107,8 @@ int kv_create(struct kv **out, const struct kv_config *cfg, struct arle_device *
         r = alloc_groups(kv, err);
     if (r == 0)
         r = size_tree(kv, err);
+    if (r == 0)
+        r = move_init(kv, err);
     if (r < 0) {
         kv_destroy(kv);
         return r;
@@ -122,6 +124,9 @@ static void seq_list_free(struct kv_seq *s)
         struct kv_seq *next = s->next;
         free(s->tokens);
         free(s->pages);
+        free(s->hpages);
+        if (s->ev != NULL)
+            s->kv->mem->event_destroy(s->kv->dev, s->ev);
         free(s);
         s = next;
     }
@@ -131,8 +136,10 @@ void kv_destroy(struct kv *kv)
 {
     if (kv == NULL)
         return;
+    move_fini(kv);
     seq_list_free(kv->seqs);
     seq_list_free(kv->spare);
+    seq_list_free(kv->zombies);
     for (uint32_t i = 0; i < kv->n_groups; i++)
         if (kv->base[i] != NULL)
             kv->mem->free(kv->dev, ARLE_MEM_DEVICE, kv->base[i]);
@@ -176,6 +183,8 @@ void kv_publish_stats(struct kv *kv)
     s.pages_total = kv->pages.n;
     s.pages_free = kv->pages.n_free;
     s.pages_cached = kv->idle_pages;
+    s.host_bytes = (uint64_t)(kv->host_pages.n - kv->host_pages.n_free) * kv->page_total
+                   + (uint64_t)(kv->host_states.n - kv->host_states.n_free) * kv->state_total;
     s.snapshot_bytes = (uint64_t)(kv->snap_pool.n - kv->snap_pool.n_free) * kv->state_total;
     s.slots_total = kv->slots.n;
     s.slots_free = kv->slots.n_free;

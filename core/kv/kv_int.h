@@ -10,6 +10,7 @@
 #include "kv/kv_hash.h"
 #include "kv/kv_heap.h"
 #include "kv/page.h"
+#include "util/clock.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -58,6 +59,26 @@ struct kv_snap {
     double prio;
 };
 
+/* One batch of copies between device and host, done when its event has passed. */
+#define MOVE_ITEMS 16
+#define N_MOVES 16
+struct kv_move {
+    struct arle_event *ev;
+    uint32_t n;                         /* 0: free */
+    bool up;                            /* host to device */
+    int64_t start_us;
+    uint64_t bytes;
+    struct { int32_t node, snap, dev, host; uint32_t fill; } item[MOVE_ITEMS];      /* node or snap is -1 */
+};
+
+/* A prefix on its way up, so that an open can use it. */
+#define N_PROMOS 64
+struct kv_promo {
+    int32_t node, snap;                 /* node -1: free */
+    bool ready;
+    int64_t start_us;
+};
+
 struct kv_root { uint8_t salt[KV_SALT_BYTES]; int32_t node, tenant; };      /* node -1: free entry */
 struct kv_tenant { uint8_t tag[16]; uint32_t n_roots; int64_t dev_pages, host_pages; int32_t head, tail; };
 
@@ -73,6 +94,12 @@ struct kv_seq {
     int32_t cursor;                     /* deepest full node of its path in the tree; -1 when nothing is remembered of it */
     uint32_t published;                 /* tokens up to the end of cursor */
     bool mute;                          /* the tree was full: stop publishing */
+    int root;
+    /* Parked, or host slots not yet given back: */
+    int32_t *hpages; uint32_t n_hpages; /* host page slots [max_pages] */
+    int32_t hstate;                     /* host state slot or -1 */
+    bool parked, moving;                /* moving: ev is behind copies that use the host slots */
+    struct arle_event *ev;
     uint32_t last_snap;
     uint32_t marks[KV_MAX_MARKS], n_marks;      /* ascending snapshot positions */
     uint32_t cadence;                   /* and every multiple of this inside the prompt; 0 = none */
@@ -113,6 +140,21 @@ struct kv {
     struct page_pool snap_pool;         /* device records */
     char *snap_base;
     struct kv_heap snap_heap; double snap_age;
+
+    /* host tier */
+    struct page_pool host_pages, host_states;
+    char *host_page_base, *host_state_base;
+    struct arle_stream *copy;           /* between device and host; behind the compute stream where they share memory */
+    struct arle_event *behind;
+    struct kv_heap host_heap, down_heap;        /* nodes whose host copy could go; nodes that should be copied down */
+    struct kv_heap snap_host_heap, snap_down_heap;
+    struct kv_move move[N_MOVES];
+    uint32_t in_flight;                 /* items in moves */
+    struct kv_promo promo[N_PROMOS]; uint32_t n_promos;
+    struct kv_seq *zombies;             /* closed, but their host slots are still being copied */
+    uint32_t n_moving;
+    double prefill_tokens_s;            /* 0: not reported yet */
+    double tier_bytes_s[N_TIERS];
 
     struct kv_stats st;                 /* counters; gauges are filled in when published */
     _Atomic uint32_t pub_seq;           /* seqlock around pub: odd while it is written */
@@ -168,8 +210,11 @@ int tree_init(struct kv *kv, uint32_t n_nodes, uint32_t n_snaps, uint32_t n_dev_
 void tree_fini(struct kv *kv);
 /** Index into kv.roots of the tree of this salt, made when it is new. -ENOMEM. */
 int tree_root(struct kv *kv, const uint8_t salt[KV_SALT_BYTES]);
-/** Finds how far tokens are known, and the deepest place at most `limit` positions deep where a sequence can start. */
-void tree_match(const struct kv *kv, int root, const int32_t *tokens, uint32_t n, uint32_t limit, struct kv_match *out);
+/** Finds how far tokens are known, and the deepest place at most `limit` positions deep where a sequence can start; dev_only:
+ *  with what is on the device. */
+void tree_match(const struct kv *kv, int root, const int32_t *tokens, uint32_t n, uint32_t limit, bool dev_only, struct kv_match *out);
+/** The deepest full node on the path of tokens [0, n) that has a device page. */
+int32_t tree_walk(const struct kv *kv, int root, const int32_t *tokens, uint32_t n);
 /** Adds or takes a user on node and all its ancestors. */
 void tree_pin(struct kv *kv, int32_t node);
 void tree_unpin(struct kv *kv, int32_t node);
@@ -201,11 +246,44 @@ void snap_used(struct kv *kv, int32_t snap);
 bool tree_is_ghost(const struct kv *kv, uint64_t hash);
 uint64_t tree_path_hash(uint64_t parent, const int32_t *tokens, uint32_t n);
 
-/* Called when a node or snapshot leaves the tree: gives its places in the lower tiers back (kv_move.c). */
+/* ---- kv_move.c: device and host ------------------------------------------------------------------------------------- */
+
+int move_init(struct kv *kv, struct arle_err *err);
+void move_fini(struct kv *kv);
+/** Called when a node or snapshot leaves the tree or changed: gives its places in the lower tiers back. */
 void move_forget_node(struct kv *kv, int32_t node);
 void move_forget_snap(struct kv *kv, int32_t snap);
+/** Re-evaluates what could be evicted from the host, and what should be copied down. */
 void move_update_node(struct kv *kv, int32_t node);
 void move_update_snap(struct kv *kv, int32_t snap);
+/** Starts copies down when the device runs full. Once per step. */
+void move_down(struct kv *kv);
+/** Handles finished copies and goes on with promotions; returns how many became ready. */
+int move_poll(struct kv *kv);
+/** True when all that m needs is on the device. */
+bool move_here(const struct kv *kv, const struct kv_match *m);
+/** Whether fetching everything that `m` needs and is not on the device costs less time than computing `tokens` tokens. */
+bool move_worth(const struct kv *kv, const struct kv_match *m, uint32_t tokens);
+/** 0: all of m is on the device now; -EINPROGRESS: on its way; -EAGAIN: no room or too many at once. */
+int move_fetch(struct kv *kv, const struct kv_match *m);
+/** An open took it (or will not): the promotion of this node ends. */
+void move_fetched(struct kv *kv, int32_t node);
+/** True when nothing is under way. */
+bool move_idle(const struct kv *kv);
+int32_t host_page_get(struct kv *kv);       /* a host slot, evicting lesser copies; -1: none */
+int32_t host_state_get(struct kv *kv);
+void node_set_host(struct kv *kv, int32_t node, int32_t slot);
+static inline char *host_page_ptr(const struct kv *kv, int32_t slot)
+{
+    return kv->host_page_base + (size_t)slot * kv->page_total;
+}
+static inline char *host_state_ptr(const struct kv *kv, int32_t slot)
+{
+    return kv->host_state_base + (size_t)slot * kv->state_total;
+}
+void page_copy_host(struct kv *kv, struct arle_stream *st, int32_t page, int32_t slot, bool up);
+/** The event behind a sequence's park or resume has passed. */
+void seq_moved(struct kv_seq *s);
 
 /** Copies the current counters to where kv_stat finds them. */
 void kv_publish_stats(struct kv *kv);

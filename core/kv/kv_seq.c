@@ -8,15 +8,15 @@ static struct kv_seq *seq_new(struct kv *kv)
     struct kv_seq *s = kv->spare;
     if (s != NULL) {
         kv->spare = s->next;
-        int32_t *tokens = s->tokens, *pages = s->pages;
-        *s = (struct kv_seq){ .kv = kv, .tokens = tokens, .pages = pages, .slot = -1 };
+        *s = (struct kv_seq){ .kv = kv, .tokens = s->tokens, .pages = s->pages, .hpages = s->hpages, .ev = s->ev,
+                              .slot = -1, .hstate = -1, .root = -1, .cursor = -1 };
         return s;
     }
     s = calloc(1, sizeof *s);
     if (s == NULL)
         return NULL;
     s->kv = kv;
-    s->slot = -1;
+    s->slot = s->hstate = s->root = s->cursor = -1;
     s->tokens = calloc(kv->cfg.max_seq_tokens, sizeof *s->tokens);
     s->pages = calloc(kv->max_pages, sizeof *s->pages);
     if (s->tokens == NULL || s->pages == NULL) {
@@ -46,8 +46,9 @@ static void seq_retire(struct kv_seq *s)
         kv->seqs = s->next;
     if (s->next != NULL)
         s->next->prev = s->prev;
-    s->next = kv->spare;
-    kv->spare = s;
+    struct kv_seq **list = s->moving ? &kv->zombies : &kv->spare;
+    s->next = *list;
+    *list = s;
 }
 
 /* A record starts as zero bytes, in stream order behind whoever had the slot before. */
@@ -99,6 +100,17 @@ static enum kv_miss miss_reason(const struct kv *kv, const int32_t *tokens, uint
     return m->depth == 0 ? KV_MISS_COLD : KV_MISS_DIVERGED;
 }
 
+/* The first n entries of the block table become the pages of the path that ends in node. */
+static void take_shared(struct kv_seq *s, int32_t node, uint32_t n)
+{
+    struct kv *kv = s->kv;
+    s->n_pages = n;
+    for (uint32_t i = n; i > 0; i--, node = kv->nodes[node].parent) {
+        s->pages[i - 1] = kv->nodes[node].page;
+        page_ref(&kv->pages, s->pages[i - 1]);
+    }
+}
+
 /* Block table: shared pages by reference, a copy of the page the prefix ends in, new pages for the rest. */
 static void attach_pages(struct kv_seq *s, const struct attach *a)
 {
@@ -108,11 +120,7 @@ static void attach_pages(struct kv_seq *s, const struct attach *a)
     int32_t source = tail > 0 ? kv->nodes[node].page : -1;
     if (tail > 0)
         node = kv->nodes[node].parent;
-    s->n_pages = a->shared;
-    for (uint32_t i = a->shared; i > 0; i--, node = kv->nodes[node].parent) {
-        s->pages[i - 1] = kv->nodes[node].page;
-        page_ref(&kv->pages, s->pages[i - 1]);
-    }
+    take_shared(s, node, a->shared);
     for (uint32_t i = 0; i < a->need; i++)
         s->pages[s->n_pages++] = page_alloc(&kv->pages);
     if (source >= 0)
@@ -156,6 +164,21 @@ static void mark_defaults(struct kv_seq *s, const struct attach *a)
         kv_seq_mark(s, a->m.depth);
 }
 
+/* If the deepest match is not all on the device: fetch it, or do with what is. -EINPROGRESS. */
+static int bring_up(struct kv *kv, const int32_t *tokens, uint32_t n, struct attach *a)
+{
+    if (move_here(kv, &a->m))
+        return 0;
+    struct kv_match here;
+    tree_match(kv, a->root, tokens, n, n - 1, true, &here);
+    int r = move_worth(kv, &a->m, a->m.pos - here.pos) ? move_fetch(kv, &a->m) : -EAGAIN;
+    if (r == -EINPROGRESS)
+        return r;
+    if (r < 0)
+        tree_match(kv, a->root, tokens, n, n - 1, true, &a->m);     /* again: a fetch that failed may have changed the tree */
+    return 0;
+}
+
 static int find_prefix(struct kv *kv, const uint8_t *salt, const int32_t *tokens, uint32_t n, struct attach *a, struct arle_err *err)
 {
     *a = (struct attach){ .root = -1, .m = { .node = -1, .snap = -1 } };
@@ -163,7 +186,10 @@ static int find_prefix(struct kv *kv, const uint8_t *salt, const int32_t *tokens
         a->root = tree_root(kv, salt);
         if (a->root < 0)
             return arle_err_set(err, -ENOMEM, "no memory for another tenant in the prefix tree");
-        tree_match(kv, a->root, tokens, n, n - 1, &a->m);
+        tree_match(kv, a->root, tokens, n, n - 1, false, &a->m);
+        int r = bring_up(kv, tokens, n, a);
+        if (r < 0)
+            return arle_err_set(err, r, "a longer prefix is on its way to the device");
     }
     a->shared = a->m.pos / kv->pt;
     a->need = pages_for(kv, n) - a->shared;
@@ -178,7 +204,7 @@ static struct kv_seq *seq_build(struct kv *kv, const int32_t *tokens, uint32_t n
     memcpy(s->tokens, tokens, n * sizeof *tokens);
     s->n_tokens = s->n_prompt = n;
     s->cached = s->n_computed = s->last_snap = a->m.pos;
-    s->cursor = -1;
+    s->root = a->root;
     if (a->root >= 0) {
         s->cursor = a->m.node < 0 ? kv->roots[a->root].node : a->m.pos % kv->pt == 0 ? a->m.node : kv->nodes[a->m.node].parent;
         s->published = a->shared * kv->pt;
@@ -220,6 +246,7 @@ int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t 
         slot_clear(kv, s->slot);
     }
     tree_unpin(kv, a.m.node);
+    move_fetched(kv, a.m.node);
     seq_link(s);
     mark_defaults(s, &a);
     *hit = (struct kv_hit){ .cached_tokens = a.m.pos, .matched_tokens = a.m.depth,
@@ -300,7 +327,7 @@ int kv_seq_push(struct kv_seq *s, int32_t token)
 
 void kv_seq_computed(struct kv_seq *s, uint32_t n)
 {
-    KV_CHECK(n >= s->n_computed);
+    KV_CHECK(n >= s->n_computed && !s->parked);
     uint32_t from = s->n_computed;
     s->n_computed = n;
     tree_publish(s);
@@ -333,35 +360,165 @@ static uint32_t final_pos(const struct kv_seq *s)
     return s->kv->cfg.strict && n > s->n_prompt ? s->n_prompt : n;
 }
 
-void kv_seq_close(struct kv_seq *s, bool keep)
+/* Pages, slot and its place in the tree; host slots stay. */
+static void leave_device(struct kv_seq *s)
 {
     struct kv *kv = s->kv;
-    if (keep) {
-        tree_publish(s);
-        if (kv->has_state)
-            final_snapshot(s);
-        else
-            tree_node_at(s, final_pos(s));
-    }
     if (s->cursor >= 0)
         tree_unpin(kv, s->cursor);
+    s->cursor = -1;
     for (uint32_t i = 0; i < s->n_pages; i++)
         if (!page_unref(&kv->pages, s->pages[i]))
             tree_page_released(kv, s->pages[i]);
     s->n_pages = 0;
     if (s->slot > 0)
         page_unref(&kv->slots, s->slot);
+    s->slot = -1;
+}
+
+static void host_slots_free(struct kv_seq *s)
+{
+    while (s->n_hpages > 0)
+        page_unref(&s->kv->host_pages, s->hpages[--s->n_hpages]);
+    if (s->hstate >= 0)
+        page_unref(&s->kv->host_states, s->hstate);
+    s->hstate = -1;
+}
+
+void kv_seq_close(struct kv_seq *s, bool keep)
+{
+    struct kv *kv = s->kv;
+    if (keep && !s->parked) {
+        tree_publish(s);
+        if (kv->has_state)
+            final_snapshot(s);
+        else
+            tree_node_at(s, final_pos(s));
+    }
+    leave_device(s);
+    s->parked = false;
+    if (!s->moving)
+        host_slots_free(s);
     seq_retire(s);
+}
+
+/* ---- parking --------------------------------------------------------------------------------------------------------- */
+
+/*
+ * The copies run on the compute stream: whatever uses the freed pages and slot next is enqueued behind them, so that both are
+ * free at once. Host slots are given back when the event behind the copies has passed.
+ */
+static void state_copy(struct kv_seq *s, bool up)
+{
+    struct kv *kv = s->kv;
+    char *at = host_state_ptr(kv, s->hstate);
+    for (uint32_t g = 0; g < kv->n_groups; g++) {
+        if (group_is_paged(&kv->group[g]))
+            continue;
+        void *live = record_ptr(kv, g, s->slot);
+        kv->mem->copy(kv->dev, kv->compute, up ? live : (void *)at, up ? (void *)at : live, kv->group[g].record_bytes,
+                      up ? ARLE_COPY_H2D : ARLE_COPY_D2H);
+        at += kv->group[g].record_bytes;
+    }
+}
+
+static bool host_slots_get(struct kv_seq *s, uint32_t n)
+{
+    struct kv *kv = s->kv;
+    if (kv->copy == NULL)
+        return false;
+    if (s->hpages == NULL)
+        s->hpages = calloc(kv->max_pages, sizeof *s->hpages);
+    if (s->hpages == NULL || (s->ev == NULL && kv->mem->event_create(kv->dev, &s->ev, NULL) < 0))
+        return false;
+    if (kv->has_state && (s->hstate = host_state_get(kv)) < 0)
+        return false;
+    while (s->n_hpages < n) {
+        int32_t slot = host_page_get(kv);
+        if (slot < 0) {
+            host_slots_free(s);
+            return false;
+        }
+        s->hpages[s->n_hpages++] = slot;
+    }
+    return true;
+}
+
+static void mark_moving(struct kv_seq *s)
+{
+    s->kv->mem->event_record(s->kv->dev, s->ev, s->kv->compute);
+    s->kv->n_moving += !s->moving;
+    s->moving = true;
+}
+
+void seq_moved(struct kv_seq *s)
+{
+    s->moving = false;
+    s->kv->n_moving--;
+    if (!s->parked)
+        host_slots_free(s);
 }
 
 int kv_seq_park(struct kv_seq *s)
 {
-    return -ENOSPC;             /* there is no host tier to park in */
+    struct kv *kv = s->kv;
+    uint32_t used = pages_for(kv, s->n_computed);
+    if (s->parked)
+        return -EALREADY;
+    if (s->moving)
+        return -ENOSPC;         /* its last resume still reads the host slots */
+    tree_publish(s);
+    if (!host_slots_get(s, used))
+        return -ENOSPC;
+    for (uint32_t i = 0; i < used; i++)
+        page_copy_host(kv, kv->compute, s->pages[i], s->hpages[i], false);
+    if (kv->has_state)
+        state_copy(s, false);
+    mark_moving(s);
+    kv->st.demoted_bytes[TIER_HOST] += used * kv->page_total + kv->state_total;
+    kv->st.parked++;
+    s->parked = true;
+    leave_device(s);
+    return 0;
 }
 
 int kv_seq_resume(struct kv_seq *s)
 {
-    return s->slot > 0 ? 0 : -EAGAIN;
+    struct kv *kv = s->kv;
+    if (!s->parked)
+        return 0;
+    uint32_t used = pages_for(kv, s->n_computed), want = pages_for(kv, s->n_tokens), shared = 0;
+    int32_t node = -1;
+    if (kv->slots.n_free == 0)
+        return -EAGAIN;
+    if (s->root >= 0) {         /* what the tree still has on the device is shared again instead of copied */
+        uint32_t known = s->n_computed < s->n_tokens ? s->n_computed : s->n_tokens;
+        node = tree_walk(kv, s->root, s->tokens, known);
+        shared = (kv->nodes[node].start + kv->nodes[node].fill) / kv->pt;
+        tree_pin(kv, node);
+    }
+    if (want < used)
+        want = used;
+    if (!tree_make_room(kv, want - shared)) {
+        if (node >= 0)
+            tree_unpin(kv, node);
+        return -EAGAIN;
+    }
+    s->slot = page_alloc(&kv->slots);
+    s->cursor = node;
+    s->published = shared * kv->pt;
+    take_shared(s, node, shared);
+    while (s->n_pages < want)
+        s->pages[s->n_pages++] = page_alloc(&kv->pages);
+    for (uint32_t i = shared; i < used; i++)
+        page_copy_host(kv, kv->compute, s->pages[i], s->hpages[i], true);
+    if (kv->has_state)
+        state_copy(s, true);
+    mark_moving(s);
+    kv->st.promoted_bytes[TIER_HOST] += (used - shared) * kv->page_total + kv->state_total;
+    kv->st.resumed++;
+    s->parked = false;
+    return 0;
 }
 
 const int32_t *kv_seq_pages(const struct kv_seq *s, uint32_t *out_n)
@@ -383,27 +540,47 @@ const int32_t *kv_seq_tokens(const struct kv_seq *s, uint32_t *out_n)
 
 int kv_poll(struct kv *kv)
 {
-    return 0;
+    return move_poll(kv);
 }
 
 void kv_step_end(struct kv *kv)
 {
+    move_down(kv);
     kv_publish_stats(kv);
 }
 
 void kv_flush(struct kv *kv)
 {
-    while (kv_heap_min(&kv->dev_heap) >= 0)
-        tree_remove(kv, kv_heap_min(&kv->dev_heap));
+    /* From the leaves up, again and again: what a leaf leaves behind becomes one. */
+    for (bool any = true; any;) {
+        any = false;
+        for (uint32_t i = 0; i < kv->nodes_used; i++) {
+            const struct kv_node *n = &kv->nodes[i];
+            if (n->parent >= 0 && n->users == 0 && n->kids == 0 && (n->page < 0 || kv->pages.refs[n->page] == 1)) {
+                tree_remove(kv, (int32_t)i);
+                any = true;
+            }
+        }
+    }
     kv_publish_stats(kv);
 }
 
 void kv_report_prefill(struct kv *kv, uint32_t n_tokens, int64_t us)
 {
+    if (n_tokens == 0 || us <= 0)
+        return;
+    double now = n_tokens * 1e6 / (double)us;
+    kv->prefill_tokens_s = kv->prefill_tokens_s > 0 ? kv->prefill_tokens_s * 0.9 + now * 0.1 : now;
 }
 
 int kv_settle(struct kv *kv, int64_t deadline_ms)
 {
+    int64_t end = clock_mono_us() + deadline_ms * 1000;
+    for (kv_poll(kv); !move_idle(kv); kv_poll(kv)) {
+        if (clock_mono_us() > end)
+            return -ETIMEDOUT;
+        nanosleep(&(struct timespec){ .tv_nsec = 50000 }, NULL);
+    }
     kv_publish_stats(kv);
     return 0;
 }

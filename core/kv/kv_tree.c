@@ -411,10 +411,12 @@ int tree_root(struct kv *kv, const uint8_t salt[KV_SALT_BYTES])
 /* ---- matching ------------------------------------------------------------------------------------------------------- */
 
 /* The deepest snapshot of node at most `limit` positions deep, if deeper than out->pos. */
-static void best_snap(const struct kv *kv, int32_t node, uint32_t limit, struct kv_match *out)
+static void best_snap(const struct kv *kv, int32_t node, uint32_t limit, bool dev_only, struct kv_match *out)
 {
+    if (dev_only && kv->nodes[node].page < 0)
+        return;
     for (int32_t s = kv->nodes[node].snaps; s >= 0; s = kv->snaps[s].next)
-        if (kv->snaps[s].pos <= limit && kv->snaps[s].pos > out->pos) {
+        if (kv->snaps[s].pos <= limit && kv->snaps[s].pos > out->pos && (!dev_only || kv->snaps[s].dev >= 0)) {
             out->pos = kv->snaps[s].pos;
             out->node = node;
             out->snap = s;
@@ -428,7 +430,7 @@ static uint32_t min_u32(uint32_t a, uint32_t b)
 
 /* Looks at the children of `parent`, whose tokens end at depth, for the longest match inside their page. */
 static uint32_t scan_kids(const struct kv *kv, int32_t parent, const int32_t *tokens, uint32_t depth, uint32_t n, uint32_t limit,
-                          uint32_t max_kids, int32_t *out_kid, struct kv_match *out)
+                          uint32_t max_kids, bool dev_only, int32_t *out_kid, struct kv_match *out)
 {
     uint32_t longest = 0, seen = 0;
     for (int32_t k = kv->nodes[parent].child; k >= 0 && seen < max_kids; k = kv->nodes[k].next, seen++) {
@@ -438,12 +440,12 @@ static uint32_t scan_kids(const struct kv *kv, int32_t parent, const int32_t *to
             *out_kid = k;
         }
         if (l > 0 && kv->has_state)
-            best_snap(kv, k, min_u32(depth + l, limit), out);
+            best_snap(kv, k, min_u32(depth + l, limit), dev_only, out);
     }
     return longest;
 }
 
-void tree_match(const struct kv *kv, int root, const int32_t *tokens, uint32_t n, uint32_t limit, struct kv_match *out)
+void tree_match(const struct kv *kv, int root, const int32_t *tokens, uint32_t n, uint32_t limit, bool dev_only, struct kv_match *out)
 {
     *out = (struct kv_match){ .node = -1, .snap = -1 };
     int32_t at = kv->roots[root].node, kid = -1;
@@ -460,23 +462,37 @@ void tree_match(const struct kv *kv, int root, const int32_t *tokens, uint32_t n
     }
     out->depth = depth;
     if (depth < n)
-        out->depth += scan_kids(kv, at, tokens, depth, n, limit, SCAN_KIDS, &kid, out);
+        out->depth += scan_kids(kv, at, tokens, depth, n, limit, SCAN_KIDS, dev_only, &kid, out);
     if (!kv->has_state) {
         out->pos = min_u32(out->depth, limit);
         if (kv->cfg.strict)
             out->pos -= out->pos % kv->cfg.snapshot_align;
         int32_t x = kid >= 0 ? kid : at;
-        while (x >= 0 && kv->nodes[x].start >= out->pos && kv->nodes[x].fill > 0)
+        while (kv->nodes[x].fill > 0 && (kv->nodes[x].start >= out->pos || (dev_only && kv->nodes[x].page < 0))) {
+            out->pos = min_u32(out->pos, kv->nodes[x].start);
             x = kv->nodes[x].parent;
+        }
         out->node = out->pos > 0 ? x : -1;
         return;
     }
     /* A prompt that shares only part of a page with its neighbour may find its snapshot on the neighbour: look there too. */
     for (; out->pos == 0 && kv->nodes[at].fill > 0; at = kv->nodes[at].parent) {
-        best_snap(kv, at, limit, out);
+        best_snap(kv, at, limit, dev_only, out);
         if (out->pos == 0)
-            scan_kids(kv, kv->nodes[at].parent, tokens, kv->nodes[at].start, n, limit, SCAN_SIBLINGS, &kid, out);
+            scan_kids(kv, kv->nodes[at].parent, tokens, kv->nodes[at].start, n, limit, SCAN_SIBLINGS, dev_only, &kid, out);
     }
+}
+
+int32_t tree_walk(const struct kv *kv, int root, const int32_t *tokens, uint32_t n)
+{
+    int32_t at = kv->roots[root].node;
+    for (uint32_t depth = 0; n - depth >= kv->pt; depth += kv->pt) {
+        int32_t next = full_child(kv, at, tree_path_hash(kv->nodes[at].hash, tokens + depth, kv->pt), tokens + depth);
+        if (next < 0 || kv->nodes[next].page < 0)
+            break;
+        at = next;
+    }
+    return at;
 }
 
 /* ---- entering ------------------------------------------------------------------------------------------------------- */

@@ -171,8 +171,10 @@ static struct kv_config tight(uint32_t pt)
 static void check_use(const struct kv_stats *st, bool has_state)
 {
     printf("# %" PRIu64 " of %" PRIu64 " lookups hit, %" PRIu64 " of %" PRIu64 " tokens; %" PRIu64 " pages and %" PRIu64 " of %" PRIu64
-           " snapshots evicted; parked %" PRIu64 ", resumed %" PRIu64 "\n", st->hits, st->lookups, st->hit_tokens, st->lookup_tokens,
-           st->pages_evicted, st->snapshots_evicted, st->snapshots_taken, st->parked, st->resumed);
+           " snapshots evicted; parked %" PRIu64 ", resumed %" PRIu64 "; bytes down %" PRIu64
+           " up %" PRIu64 "\n", st->hits, st->lookups, st->hit_tokens, st->lookup_tokens,
+           st->pages_evicted, st->snapshots_evicted, st->snapshots_taken, st->parked, st->resumed, st->demoted_bytes[1],
+           st->promoted_bytes[1]);
     EXPECT(st->hits > st->lookups / (has_state ? 12 : 3));
     EXPECT(st->hit_tokens > 0 && st->pages_evicted > 0);
     EXPECT_EQ(has_state, st->snapshots_taken > 0);
@@ -201,11 +203,27 @@ static void odd_grid_and_quota(void)
     check_use(&st, true);
 }
 
+static void with_host_tier(void)
+{
+    static const uint32_t pts[] = { 16, 128 };
+    for (int i = 0; i < 2; i++)
+        for (int state = 0; state < 2; state++) {
+            struct kv_stats st = { 0 };
+            struct kv_config cfg = tight(pts[i]);
+            cfg.host_bytes = 200000;
+            workload(cfg, state, 40000, &st);
+            check_use(&st, state);
+            EXPECT(st.parked > 100 && st.resumed > 50);
+            EXPECT(st.promoted_bytes[1] > 0 && st.demoted_bytes[1] > 0);
+        }
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1)
         rng = strtoull(argv[1], NULL, 10);
     RUN(device_only);
     RUN(odd_grid_and_quota);
+    RUN(with_host_tier);
     return tap_done();
 }
