@@ -71,8 +71,8 @@ static char *scaled_config(const char *name, uint32_t layers, const int *ratios,
     json_object_object_add(o, "compress_ratios", a);
     json_object_object_add(o, "num_hash_layers", json_object_new_int(1));
     json_object_object_add(o, "num_nextn_predict_layers", json_object_new_int((int)drafts));
-    /* Two experts in sixteen: every shape of a layer is the published one, and the test fits small machines. */
-    json_object_object_add(o, "n_routed_experts", json_object_new_int(getenv("ARLE_TEST_LARGE") ? 256 : 16));
+    /* Eight experts: every other shape of a layer is the published one, and the test fits small machines. */
+    json_object_object_add(o, "n_routed_experts", json_object_new_int(getenv("ARLE_TEST_LARGE") ? 256 : 8));
     char *out = strdup(json_object_to_json_string(o));
     json_object_put(o);
     free(text);
