@@ -35,10 +35,26 @@ static const struct {
       "| ?[\\p{P}\\p{S}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+", TOK_STAGE_SPLIT_PS },
 };
 
+/* Files write a newline in a pattern as \n or as itself; it means the same. */
+static bool same_pattern(const char *known_text, const char *p, size_t len)
+{
+    const char *k = known_text, *end = p + len;
+    for (; p < end && *k != '\0'; p++) {
+        if (*p == *k) {
+            k++;
+        } else if ((*p == '\n' || *p == '\r') && k[0] == '\\' && k[1] == (*p == '\n' ? 'n' : 'r')) {
+            k += 2;
+        } else {
+            return false;
+        }
+    }
+    return p == end && *k == '\0';
+}
+
 enum tok_stage_kind tok_stage_known(const char *pattern, size_t len)
 {
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
-        if (strlen(known[i].pattern) == len && memcmp(known[i].pattern, pattern, len) == 0)
+        if (same_pattern(known[i].pattern, pattern, len))
             return known[i].kind;
     return TOK_STAGE_PCRE2;
 }
@@ -69,6 +85,40 @@ INLINE const uint8_t *ascii_letters(const uint8_t *p, const uint8_t *end)
     }
 #endif
     while (p < end && ((*p | 0x20u) - 'a') < 26u)
+        p++;
+    return p;
+}
+
+/* First byte at or after p that is an ASCII digit or not ASCII. */
+INLINE const uint8_t *skip_to_digit(const uint8_t *p, const uint8_t *end)
+{
+#if defined(__SSE2__)
+    for (; end - p >= 16; p += 16) {
+        __m128i v = _mm_loadu_si128((const __m128i *)(const void *)p);
+        __m128i d = _mm_sub_epi8(v, _mm_set1_epi8('0'));
+        __m128i digit = _mm_cmpeq_epi8(_mm_min_epu8(d, _mm_set1_epi8(9)), d);
+        unsigned stop = (unsigned)_mm_movemask_epi8(_mm_or_si128(v, digit));
+        if (stop != 0)
+            return p + __builtin_ctz(stop);
+    }
+#endif
+    while (p < end && *p < 0x80 && (unsigned)(*p - '0') > 9)
+        p++;
+    return p;
+}
+
+/* First byte at or after p that could begin a CJK character (U+3000 and up: lead bytes from E3). */
+INLINE const uint8_t *skip_to_e3(const uint8_t *p, const uint8_t *end)
+{
+#if defined(__SSE2__)
+    for (; end - p >= 16; p += 16) {
+        __m128i v = _mm_loadu_si128((const __m128i *)(const void *)p);
+        unsigned stop = (unsigned)_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_max_epu8(v, _mm_set1_epi8((char)0xE3)), v));
+        if (stop != 0)
+            return p + __builtin_ctz(stop);
+    }
+#endif
+    while (p < end && *p < 0xE3)
         p++;
     return p;
 }
@@ -228,7 +278,15 @@ static const uint8_t *next_bytelevel(const uint8_t *p, const uint8_t *end)
 static const uint8_t *next_digits3(const uint8_t *p, const uint8_t *end)
 {
     const uint8_t *q = digits(p, end, 3);
-    return q != p ? q : run_of(p, end, TOK_N, false);
+    if (q != p)
+        return q;
+    while ((q = skip_to_digit(q, end)) < end) {
+        unsigned len;
+        if (prop_at(q, &len) & TOK_N)
+            break;
+        q += len;
+    }
+    return q;
 }
 
 static bool is_cjk(uint32_t cp)
@@ -240,10 +298,15 @@ static bool is_cjk(uint32_t cp)
 static const uint8_t *next_cjk(const uint8_t *p, const uint8_t *end)
 {
     unsigned len;
-    bool want = is_cjk(tok_utf8(p, &len));
+    if (!is_cjk(tok_utf8(p, &len))) {
+        do {
+            p = skip_to_e3(p + len, end);
+        } while (p < end && !is_cjk(tok_utf8(p, &len)));
+        return p;
+    }
     do {
         p += len;
-    } while (p < end && is_cjk(tok_utf8(p, &len)) == want);
+    } while (p < end && is_cjk(tok_utf8(p, &len)));
     return p;
 }
 
@@ -272,7 +335,7 @@ INLINE const uint8_t *match_ps(const uint8_t *p, const uint8_t *end)
     return k & TOK_WS ? white_space(p, end, true) : NULL;
 }
 
-static const uint8_t *next_split_ps(const uint8_t *p, const uint8_t *end)
+INLINE const uint8_t *next_split_ps(const uint8_t *p, const uint8_t *end)
 {
     const uint8_t *m = match_ps(p, end);
     if (m != NULL)
@@ -361,6 +424,8 @@ static int run_stage(struct tok_run *run, uint32_t i, const uint8_t *p, const ui
             LAST_STAGE_LOOP(next_split(p, end, TOK_L | TOK_M, 1));
         case TOK_STAGE_SPLIT_L:
             LAST_STAGE_LOOP(next_split(p, end, TOK_L, 1));
+        case TOK_STAGE_SPLIT_PS:
+            LAST_STAGE_LOOP(next_split_ps(p, end));
         default:
             break;
         }

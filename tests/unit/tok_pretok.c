@@ -107,6 +107,17 @@ static void known_patterns_are_recognised_exactly(void)
         EXPECT_EQ(tok_stage_known(stages[s].pattern, n - 1), TOK_STAGE_PCRE2);
     }
     EXPECT_EQ(tok_stage_known("\\p{N}{1,4}", 10), TOK_STAGE_PCRE2);
+    EXPECT_EQ(tok_stage_known("", 0), TOK_STAGE_PCRE2);
+    char raw[512];      /* newlines as themselves */
+    size_t n = 0;
+    for (const char *p = stages[6].pattern; *p != '\0'; p++) {
+        bool newline = p[0] == '\\' && (p[1] == 'r' || p[1] == 'n');
+        raw[n++] = (char)(!newline ? *p : *++p == 'r' ? '\r' : '\n');
+    }
+    EXPECT(n < strlen(stages[6].pattern));
+    EXPECT_EQ(tok_stage_known(raw, n), TOK_STAGE_SPLIT_PS);
+    raw[n - 1] = '*';
+    EXPECT_EQ(tok_stage_known(raw, n), TOK_STAGE_PCRE2);
 }
 
 /* The same splits written differently go through PCRE2 and must give the same ids. */
