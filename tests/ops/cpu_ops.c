@@ -1,0 +1,164 @@
+/*
+ * backend-cpu: every kernel set against the double-precision loops, against the reference, and against itself under other
+ * batches, chunkings and numbers of threads.
+ */
+#include "ops_cases.h"
+#include "tap.h"
+
+static const char *const isas[] = { "reference", "avx2", "avx512", "avx512bf16" };
+static const uint32_t dtypes[] = { ARLE_F32, ARLE_BF16 };
+static const char *isa, *threads;
+static struct ops_backend be;
+
+static const char *plugin_path(void)
+{
+    static char path[4096];
+    const char *dir = getenv("ARLE_TEST_PLUGINS");
+    snprintf(path, sizeof path, "%s/backend-cpu.so", dir ? dir : ".plugins");
+    return path;
+}
+
+static int open_cpu(struct ops_backend *b, const char *with_isa, const char *n_threads)
+{
+    struct arle_err err = ARLE_ERR_INIT;
+    const char *conf[] = { "isa", with_isa, "threads", n_threads, NULL };
+    static const char *kept[8][5];
+    static int n;
+    memcpy(kept[n % 8], conf, sizeof conf);
+    int r = ops_open(b, plugin_path(), kept[n++ % 8], &err);
+    if (r < 0)
+        printf("# %s\n", err.msg);
+    return r;
+}
+
+static void every_case_agrees_with_double_loops(void)
+{
+    for (unsigned d = 0; d < 2; d++)
+        for (unsigned i = 0; i < ops_n_cases; i++) {
+            struct ops_result res;
+            int r = ops_run(&be, &ops_cases[i], dtypes[d], &res);
+            if (r < 0)
+                TAP_FAIL("%s %s: %s", isa, ops_cases[i].name, be.why);
+            for (unsigned j = 0; j < res.n_parts; j++) {
+                double tol = dtypes[d] == ARLE_F32 ? res.part[j].tol_f32 : res.part[j].tol_bf16, e = ops_error(&res.part[j]);
+                if (!(e <= tol))
+                    TAP_FAIL("%s %s %s, %s: error %.3g, allowed %.3g", isa, d ? "bf16" : "f32", ops_cases[i].name, res.part[j].what, e, tol);
+            }
+            ops_result_free(&res);
+        }
+}
+
+/* Both round the same sums in other orders: f32 by a few ulp of the largest term, bf16 by one rounding of the result. */
+static void every_case_agrees_with_the_reference(void)
+{
+    struct ops_backend ref;
+    REQUIRE(open_cpu(&ref, "reference", "1") == 0);
+    for (unsigned d = 0; d < 2; d++)
+        for (unsigned i = 0; i < ops_n_cases; i++) {
+            struct ops_result a, c;
+            ops_run(&be, &ops_cases[i], dtypes[d], &a);
+            ops_run(&ref, &ops_cases[i], dtypes[d], &c);
+            EXPECT_EQ(a.n_parts, c.n_parts);
+            for (unsigned j = 0; j < a.n_parts; j++) {
+                for (int64_t k = 0; k < a.part[j].n; k++)
+                    a.part[j].want[k] = c.part[j].got[k];
+                double e = ops_error(&a.part[j]), tol = d == 0 ? a.part[j].tol_f32 : a.part[j].tol_bf16;
+                tol = a.part[j].tol_other > tol ? a.part[j].tol_other : tol;
+                if (!(e <= tol))
+                    TAP_FAIL("%s %s %s, %s: %.3g from the reference, allowed %.3g", isa, d ? "bf16" : "f32", ops_cases[i].name,
+                             a.part[j].what, e, tol);
+            }
+            ops_result_free(&a);
+            ops_result_free(&c);
+        }
+    ops_close(&ref);
+}
+
+static void threads_do_not_change_a_bit(void)
+{
+    struct ops_backend other;
+    for (const char *const *n = (const char *const[]) { "2", "3", NULL }; *n != NULL; n++) {
+        REQUIRE(open_cpu(&other, isa, *n) == 0);
+        for (unsigned d = 0; d < 2; d++)
+            for (unsigned i = 0; i < ops_n_cases; i++) {
+                struct ops_result a, c;
+                ops_run(&be, &ops_cases[i], dtypes[d], &a);
+                ops_run(&other, &ops_cases[i], dtypes[d], &c);
+                for (unsigned j = 0; j < a.n_parts; j++)
+                    if (memcmp(a.part[j].got, c.part[j].got, (size_t)a.part[j].n * 4) != 0)
+                        TAP_FAIL("%s %s %s differs with %s threads", isa, ops_cases[i].name, a.part[j].what, *n);
+                ops_result_free(&a);
+                ops_result_free(&c);
+            }
+        EXPECT(ops_counter(&other, "parallel_ops") > 0);
+        ops_close(&other);
+    }
+}
+
+static void rows_do_not_see_each_other(void)
+{
+    for (unsigned d = 0; d < 2; d++) {
+        EXPECT_EQ(ops_rows_alone(&be, dtypes[d]), 0);
+        EXPECT_EQ(ops_moe_alone(&be, dtypes[d]), 0);
+    }
+}
+
+static void chunks_do_not_change_a_bit(void)
+{
+    static const uint32_t kv[] = { ARLE_F32, ARLE_BF16, ARLE_I8, ARLE_I4G };
+    struct ops_backend two;
+    REQUIRE(open_cpu(&two, isa, "2") == 0);
+    for (unsigned d = 0; d < 2; d++) {
+        EXPECT_EQ(ops_gdn_chunks(&be, dtypes[d]), 0);
+        for (unsigned i = 0; i < (strcmp(isa, "reference") == 0 ? 1 : 4); i++)
+            EXPECT_EQ(ops_attn_chunks(&two, dtypes[d], kv[i]), 0);
+    }
+    EXPECT(ops_counter(&two, "attn_split") > 0);        /* both forms of attention took part */
+    EXPECT(ops_counter(&two, "attn_tile") > 0);
+    ops_close(&two);
+}
+
+static void padding_rows_do_not_leak(void)
+{
+    for (unsigned d = 0; d < 2; d++)
+        EXPECT_EQ(ops_padding(&be, dtypes[d]), 0);
+}
+
+static void the_chosen_kernels_ran(void)
+{
+    static const char *const paths[] = { "linear_ref", "linear_avx2", "linear_avx512", "linear_avx512bf16" };
+    for (unsigned i = 0; i < 4; i++) {
+        uint64_t n = ops_counter(&be, paths[i]);
+        bool bf16 = strcmp(isa, "avx512bf16") == 0;     /* counts its f32 products under no level of their own */
+        if (strcmp(isas[i], isa) == 0)
+            EXPECT(n > 0);
+        else if (!bf16)
+            EXPECT_EQ(n, 0);
+    }
+    EXPECT(ops_counter(&be, "linear_gemv") > 0);
+    EXPECT(ops_counter(&be, "linear_gemm") > 0);
+}
+
+int main(int argc, char **argv)
+{
+    threads = "1";
+    for (unsigned i = 0; i < sizeof isas / sizeof *isas; i++) {
+        isa = isas[i];
+        if (argc > 1 && strcmp(argv[1], isa) != 0)
+            continue;
+        if (open_cpu(&be, isa, threads) < 0) {
+            printf("# this machine has no %s\n", isa);
+            continue;
+        }
+        RUN(every_case_agrees_with_double_loops);
+        if (i > 0)
+            RUN(every_case_agrees_with_the_reference);
+        RUN(rows_do_not_see_each_other);
+        RUN(padding_rows_do_not_leak);
+        RUN(chunks_do_not_change_a_bit);
+        RUN(threads_do_not_change_a_bit);
+        RUN(the_chosen_kernels_ran);
+        ops_close(&be);
+    }
+    return tap_done();
+}
