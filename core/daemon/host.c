@@ -13,10 +13,6 @@
 #include "util/log.h"
 #include "util/sbuf.h"
 
-#ifndef ARLE_DEFAULT_MODEL
-#define ARLE_DEFAULT_MODEL "qwen35-tiny"        /* the shipped one; only a name */
-#endif
-
 struct host {
     const struct config *cfg;
     struct registry *reg;

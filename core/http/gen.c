@@ -55,10 +55,66 @@ static void log_gen(struct gen *g)
               g->failed.code != 0 ? g->failed.msg : g->over ? "ok" : "disconnected");
 }
 
+static void list_gen(struct gen *g)
+{
+    struct http_server *srv = g->cn->srv;
+    atomic_fetch_add(&srv->running, 1);
+    g->counted = true;
+    pthread_mutex_lock(&srv->gens_mu);
+    g->next = srv->gens;
+    g->link = &srv->gens;
+    if (g->next != NULL)
+        g->next->link = &g->next;
+    srv->gens = g;
+    pthread_mutex_unlock(&srv->gens_mu);
+}
+
+static void unlist_gen(struct gen *g)
+{
+    struct http_server *srv = g->cn->srv;
+    pthread_mutex_lock(&srv->gens_mu);
+    *g->link = g->next;
+    if (g->next != NULL)
+        g->next->link = g->link;
+    pthread_mutex_unlock(&srv->gens_mu);
+}
+
+void http_server_list(struct http_server *srv, struct sbuf *out)
+{
+    int64_t now = clock_mono_us();
+    sbuf_char(out, '[');
+    pthread_mutex_lock(&srv->gens_mu);
+    for (struct gen *g = srv->gens; g != NULL; g = g->next) {
+        sbuf_fmt(out, "%s{\"id\":\"%s\",\"path\":\"%s\",\"prompt_tokens\":%zu,\"age_ms\":%lld,\"model\":", g == srv->gens ? "" : ",",
+                 g->cn->id, g->cn->route->path, g->subs[0].prompt.ids.n, (long long)(now - g->cn->start_us) / 1000);
+        sbuf_json_cstr(out, g->m->name);
+        sbuf_char(out, '}');
+    }
+    pthread_mutex_unlock(&srv->gens_mu);
+    sbuf_char(out, ']');
+}
+
+int http_server_cancel(struct http_server *srv, const char *id)
+{
+    int r = -ENOENT;
+    pthread_mutex_lock(&srv->gens_mu);
+    for (struct gen *g = srv->gens; g != NULL; g = g->next) {
+        if (strcmp(g->cn->id, id) != 0)
+            continue;
+        for (uint32_t i = 0; i < g->n_subs; i++)
+            request_cancel(g->subs[i].rq);
+        r = 0;
+    }
+    pthread_mutex_unlock(&srv->gens_mu);
+    return r;
+}
+
 void gen_destroy(struct gen *g)
 {
     if (g == NULL)
         return;
+    if (g->counted)
+        unlist_gen(g);
     for (uint32_t i = 0; i < g->n_subs; i++) {
         if (g->subs[i].rq != NULL)
             request_unref(g->subs[i].rq);
@@ -523,8 +579,7 @@ static enum MHD_Result generate(struct conn *cn, enum dialect dialect, const cha
         gen_destroy(g);
         return reply_error(cn, &err, r == -EAGAIN && retry_after_s < 1 ? 1 : retry_after_s);
     }
-    atomic_fetch_add(&cn->srv->running, 1);
-    g->counted = true;
+    list_gen(g);
     cn->gen = g;
     return g->p.stream ? begin_stream(g) : gen_continue(g);
 }

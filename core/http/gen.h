@@ -58,7 +58,8 @@ struct gen {
     struct choice *choices; uint32_t n_choices;     /* [n_subs * p.n] */
     char id[64];
     int64_t created_s;
-    bool counted;                       /* in srv->running */
+    bool counted;                       /* in srv->running and srv->gens */
+    struct gen *next, **link;           /* guarded by srv->gens_mu */
     bool over;                          /* everything ended, or failed */
     struct arle_err failed;             /* why it failed */
     struct sbuf out;                    /* streamed bytes that wait for the socket */

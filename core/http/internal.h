@@ -89,6 +89,8 @@ struct http_server {
     struct waker *free_wakers, *all_wakers;
     pthread_t watcher; bool has_watcher;
     int watcher_pipe[2];
+    pthread_mutex_t gens_mu;                /* guards gens and the requests of listed generations */
+    struct gen *gens;
     atomic_bool draining, stopping;
     atomic_uint running;
     _Atomic uint64_t *status_counts;        /* [n_routes + 1][N_STATUS] */

@@ -415,6 +415,7 @@ int http_server_start(struct http_server **out, const struct http_options *o, st
     srv->start_us = clock_mono_us();
     pthread_mutex_init(&srv->settings_mu, NULL);
     pthread_mutex_init(&srv->wakers_mu, NULL);
+    pthread_mutex_init(&srv->gens_mu, NULL);
     int r = settings_create(&srv->settings, o, err);
     if (r == 0)
         r = strncmp(o->listen, "unix:", 5) == 0 ? listen_unix(srv, o->listen + 5, err) : listen_tcp(srv, o, err);
@@ -516,6 +517,7 @@ void http_server_destroy(struct http_server *srv)
     settings_unref(srv->settings);
     pthread_mutex_destroy(&srv->settings_mu);
     pthread_mutex_destroy(&srv->wakers_mu);
+    pthread_mutex_destroy(&srv->gens_mu);
     free((void *)srv->status_counts);
     free(srv->unix_path);
     free(srv);

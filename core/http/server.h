@@ -48,6 +48,13 @@ void http_server_drain(struct http_server *srv);
 /** Requests that are being answered now (generation endpoints only). Any thread. */
 uint32_t http_server_running(const struct http_server *srv);
 
+/** Appends a JSON array of the generations in progress: id, model, path, prompt, age_ms. Any thread. */
+struct sbuf;
+void http_server_list(struct http_server *srv, struct sbuf *out);
+
+/** Cancels the generation with that id (X-Request-Id). -ENOENT: none. Any thread. */
+int http_server_cancel(struct http_server *srv, const char *id);
+
 /** Ends all connections and threads. Requests that still run are cancelled. Call after the engines were drained. */
 void http_server_stop(struct http_server *srv);
 
