@@ -1,0 +1,867 @@
+/*
+ * The gated delta net for heads of 128 (Yang et al. 2024, arXiv:2412.06464), from the fused projection to the gated norm.
+ *
+ * Steps (decode rows, short pieces): one block per (sequence, value head) keeps S in registers, so it is read and written once.
+ * Chunks of 64 tokens (prefill), on tensor cores, with the notation of the paper's chunked form:
+ *   conv     convolution, silu, norms of q and k                       -> qkv, bf16
+ *   prepare  per chunk, all at once: A = (I + M)^-1, U = A diag(beta) V, W = A diag(beta e^gamma) K, P = (Q K^T) . D
+ *   scan     per (sequence, head, 16 value columns), chunk after chunk: Vn = U - W S, O = e^gamma Q S + P Vn, S' = ...
+ *            A warp holds S^T [16 x 128] as the accumulator of its products; accumulator and operand layouts agree when the value
+ *            dimension is the row, so nothing but W, Q, K and P passes through shared memory.
+ *   gate     norm over the head and silu(z), in place
+ */
+#include "common.cuh"
+#include <errno.h>
+
+namespace {
+
+const int kDim = 128, kChunk = 64, kStepLimit = 16;
+
+struct gdn_args {
+    int n_k, n_v, ratio, n_conv, seq0, n_seqs;
+    float eps;
+    const bf16 *proj; int64_t ld_proj, u_off, z_off, a_off, b_off;
+    const float *conv_w, *A_log, *dt_bias, *norm_w;
+    char *conv_base; size_t conv_stride, conv_offset;
+    char *s_base; size_t s_stride, s_offset;
+    const int32_t *cu, *slot;
+    bf16 *out; int64_t ld_out;
+    unsigned *tickets;
+    /* chunked form */
+    int tok0;                   /* first token of the chunked part of the batch */
+    bf16 *qkv;                  /* [tokens][n_conv], from tok0 */
+    bf16 *ut;                   /* [chunks][n_v][128][64] */
+    bf16 *w;                    /* [chunks][n_v][64][128] */
+    bf16 *p;                    /* [chunks][n_v][64][64] */
+    float *decay;               /* [chunks][n_v][2][64]: e^gamma, e^(Gamma - gamma) */
+};
+
+__device__ __forceinline__ bf16 *conv_state(const gdn_args &a, int s)
+{
+    return (bf16 *)(a.conv_base + (size_t)a.slot[s] * a.conv_stride + a.conv_offset);
+}
+
+__device__ __forceinline__ float *s_state(const gdn_args &a, int s, int h)
+{
+    return (float *)(a.s_base + (size_t)a.slot[s] * a.s_stride + a.s_offset) + (int64_t)h * kDim * kDim;
+}
+
+__device__ __forceinline__ float decay_log(float A_log, float x)
+{
+    float sp = x > 20.f ? x : log1pf(expf(x));
+    return -expf(A_log) * sp;
+}
+
+/* Input channel c of the token `back` places before the piece's token i; earlier ones are in the state. */
+__device__ __forceinline__ float conv_in(const gdn_args &a, const bf16 *rec, int t0, int i, int c)
+{
+    return i >= 0 ? __bfloat162float(a.proj[(int64_t)(t0 + i) * a.ld_proj + a.u_off + c])
+                  : __bfloat162float(rec[(int64_t)(3 + i) * a.n_conv + c]);
+}
+
+/* ---- steps ----------------------------------------------------------------------------------------------------------- */
+
+struct tap { float h0, h1, h2; float4 w; };
+
+__device__ __forceinline__ float conv_step(tap *p, float u)
+{
+    float y = p->w.x * p->h0 + p->w.y * p->h1 + p->w.z * p->h2 + p->w.w * u;
+    p->h0 = p->h1;
+    p->h1 = p->h2;
+    p->h2 = u;
+    return round_bf(siluf(y));
+}
+
+__device__ __forceinline__ tap tap_load(const gdn_args &a, const bf16 *rec, int c)
+{
+    tap p;
+    p.w = *(const float4 *)(a.conv_w + (int64_t)c * 4);
+    p.h0 = __bfloat162float(rec[c]);
+    p.h1 = __bfloat162float(rec[a.n_conv + c]);
+    p.h2 = __bfloat162float(rec[2 * a.n_conv + c]);
+    return p;
+}
+
+__device__ __forceinline__ void tap_store(const gdn_args &a, bf16 *rec, int c, const tap &p)
+{
+    rec[c] = __float2bfloat16_rn(p.h0);
+    rec[a.n_conv + c] = __float2bfloat16_rn(p.h1);
+    rec[2 * a.n_conv + c] = __float2bfloat16_rn(p.h2);
+}
+
+/* Warp w holds rows 16 w .. 16 w + 15 of S (key index), lane l columns 4 l .. 4 l + 3 (value index). */
+__global__ void __launch_bounds__(256) step_kernel(const gdn_args a)
+{
+    __shared__ __align__(16) float sq[kDim], sk[kDim], sv[kDim];
+    __shared__ __align__(16) float part_k[8][kDim], part_q[8][kDim];
+    __shared__ float sums[3][8];
+    __shared__ int sh_last;
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
+    const int h = blockIdx.x, s = a.seq0 + blockIdx.y, kh = h / a.ratio;
+    pdl_launch();
+    float *S = s_state(a, s, h);
+    l2_prefetch(S + tid * 32);
+    l2_prefetch(S + (tid + 256) * 32);
+    pdl_wait();
+    const int t0 = a.cu[s], n = a.cu[s + 1] - t0;
+    if (n == 0)
+        return;
+    float4 st[16];
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+        st[j] = *(const float4 *)(S + (warp * 16 + j) * kDim + lane * 4);
+
+    bf16 *rec = conv_state(a, s);
+    const int i = tid & 127;
+    const bool is_v = tid >= 128;
+    const int c1 = is_v ? 2 * a.n_k * kDim + h * kDim + i : kh * kDim + i, c2 = a.n_k * kDim + kh * kDim + i;
+    tap p1 = tap_load(a, rec, c1), p2 = tap_load(a, rec, c2);
+
+    for (int t = t0; t < t0 + n; t++) {
+        const bf16 *row = a.proj + (int64_t)t * a.ld_proj;
+        float y1 = conv_step(&p1, __bfloat162float(row[a.u_off + c1])), y2 = 0.f;
+        if (!is_v)
+            y2 = conv_step(&p2, __bfloat162float(row[a.u_off + c2]));
+        float beta = sigmoidf(__bfloat162float(row[a.b_off + h]));
+        float decay = expf(decay_log(a.A_log[h], __bfloat162float(row[a.a_off + h]) + a.dt_bias[h]));
+        if (!is_v) {
+            float qq = warp_sum(y1 * y1), kk = warp_sum(y2 * y2), kq = warp_sum(y1 * y2);
+            if (lane == 0) {
+                sums[0][warp] = qq;
+                sums[1][warp] = kk;
+                sums[2][warp] = kq;
+            }
+            sq[i] = y1;
+            sk[i] = y2;
+        } else {
+            sv[i] = y1;
+        }
+        __syncthreads();
+        float rq = rsqrtf(sums[0][0] + sums[0][1] + sums[0][2] + sums[0][3] + 1e-6f) * 0.08838834764831845f;
+        float rk = rsqrtf(sums[1][0] + sums[1][1] + sums[1][2] + sums[1][3] + 1e-6f);
+        float kq = (sums[2][0] + sums[2][1] + sums[2][2] + sums[2][3]) * rq * rk;
+        float4 mk = make_float4(0.f, 0.f, 0.f, 0.f), mq = mk;
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+            float k = sk[warp * 16 + j] * rk, q = sq[warp * 16 + j] * rq;
+            mk.x += st[j].x * k;
+            mk.y += st[j].y * k;
+            mk.z += st[j].z * k;
+            mk.w += st[j].w * k;
+            mq.x += st[j].x * q;
+            mq.y += st[j].y * q;
+            mq.z += st[j].z * q;
+            mq.w += st[j].w * q;
+        }
+        *(float4 *)&part_k[warp][lane * 4] = mk;
+        *(float4 *)&part_q[warp][lane * 4] = mq;
+        __syncthreads();
+        float4 m = make_float4(0.f, 0.f, 0.f, 0.f), o = m;
+#pragma unroll
+        for (int w = 0; w < 8; w++) {
+            float4 x = *(const float4 *)&part_k[w][lane * 4], y = *(const float4 *)&part_q[w][lane * 4];
+            m.x += x.x;
+            m.y += x.y;
+            m.z += x.z;
+            m.w += x.w;
+            o.x += y.x;
+            o.y += y.y;
+            o.z += y.z;
+            o.w += y.w;
+        }
+        float4 v = *(const float4 *)&sv[lane * 4], d;
+        d.x = beta * (v.x - decay * m.x);
+        d.y = beta * (v.y - decay * m.y);
+        d.z = beta * (v.z - decay * m.z);
+        d.w = beta * (v.w - decay * m.w);
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+            float k = sk[warp * 16 + j] * rk;
+            st[j].x = decay * st[j].x + k * d.x;
+            st[j].y = decay * st[j].y + k * d.y;
+            st[j].z = decay * st[j].z + k * d.z;
+            st[j].w = decay * st[j].w + k * d.w;
+        }
+        if (warp == 0) {
+            /* o = S'^T q = decay S^T q + (k . q) d: no second pass over S. */
+            o.x = round_bf(decay * o.x + kq * d.x);
+            o.y = round_bf(decay * o.y + kq * d.y);
+            o.z = round_bf(decay * o.z + kq * d.z);
+            o.w = round_bf(decay * o.w + kq * d.w);
+            float rho = rsqrtf(warp_sum(o.x * o.x + o.y * o.y + o.z * o.z + o.w * o.w) / (float)kDim + a.eps);
+            uint2 z2 = *(const uint2 *)(row + a.z_off + h * kDim + lane * 4);
+            float2 za = unpack2(z2.x), zb = unpack2(z2.y);
+            float4 w = *(const float4 *)(a.norm_w + lane * 4);
+            *(uint2 *)(a.out + (int64_t)t * a.ld_out + h * kDim + lane * 4) =
+                make_uint2(pack2(o.x * rho * w.x * siluf(za.x), o.y * rho * w.y * siluf(za.y)),
+                           pack2(o.z * rho * w.z * siluf(zb.x), o.w * rho * w.w * siluf(zb.y)));
+        }
+        if (t + 1 < t0 + n)
+            __syncthreads();
+    }
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+        *(float4 *)(S + (warp * 16 + j) * kDim + lane * 4) = st[j];
+
+    /* Value heads that share a key head have all read its convolution state; the last of them to come here moves it on. */
+    if (is_v)
+        tap_store(a, rec, c1, p1);
+    __syncthreads();
+    if (tid == 0) {
+        unsigned *ticket = a.tickets + blockIdx.y * a.n_k + kh;
+        __threadfence();
+        sh_last = atomicAdd(ticket, 1u) == (unsigned)(a.ratio - 1);
+        if (sh_last)
+            *ticket = 0;
+    }
+    __syncthreads();
+    if (sh_last && !is_v) {
+        tap_store(a, rec, c1, p1);
+        tap_store(a, rec, c2, p2);
+    }
+}
+
+/* ---- chunks: convolution --------------------------------------------------------------------------------------------- */
+
+const int kConvTok = 16;
+
+/* Thread: 8 channels of 16 tokens. 16 threads make one head of 128, so norms are shuffles. grid (token runs, channel blocks, seq) */
+__global__ void __launch_bounds__(256) conv_kernel(const gdn_args a)
+{
+    pdl_launch();
+    pdl_wait();
+    const int s = a.seq0 + blockIdx.z, t0 = a.cu[s], n = a.cu[s + 1] - t0, i0 = blockIdx.x * kConvTok;
+    const int c = (blockIdx.y * 256 + threadIdx.x) * 8;
+    if (i0 >= n || c >= a.n_conv)
+        return;
+    const bf16 *rec = conv_state(a, s);
+    const int kind = c / kDim < a.n_k ? 0 : c / kDim < 2 * a.n_k ? 1 : 2;      /* q, k, v */
+    float4 w[8];
+    float h0[8], h1[8], h2[8];
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        w[e] = *(const float4 *)(a.conv_w + (int64_t)(c + e) * 4);
+        h0[e] = conv_in(a, rec, t0, i0 - 3, c + e);
+        h1[e] = conv_in(a, rec, t0, i0 - 2, c + e);
+        h2[e] = conv_in(a, rec, t0, i0 - 1, c + e);
+    }
+    const int m = min(kConvTok, n - i0);
+    for (int i = 0; i < m; i++) {
+        int t = t0 + i0 + i;
+        uint4 raw = *(const uint4 *)(a.proj + (int64_t)t * a.ld_proj + a.u_off + c);
+        const uint32_t *rp = (const uint32_t *)&raw;
+        float y[8], ss = 0.f;
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            float2 f = unpack2(rp[e >> 1]);
+            float u = e & 1 ? f.y : f.x;
+            y[e] = round_bf(siluf(w[e].x * h0[e] + w[e].y * h1[e] + w[e].z * h2[e] + w[e].w * u));
+            h0[e] = h1[e];
+            h1[e] = h2[e];
+            h2[e] = u;
+            ss += y[e] * y[e];
+        }
+        if (kind < 2) {
+#pragma unroll
+            for (int o = 8; o > 0; o >>= 1)
+                ss += __shfl_xor_sync(0xffffffffu, ss, o);
+            float r = rsqrtf(ss + 1e-6f) * (kind == 0 ? 0.08838834764831845f : 1.f);
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                y[e] *= r;
+        }
+        *(uint4 *)(a.qkv + (int64_t)(t - a.tok0) * a.n_conv + c) =
+            make_uint4(pack2(y[0], y[1]), pack2(y[2], y[3]), pack2(y[4], y[5]), pack2(y[6], y[7]));
+    }
+}
+
+/* ---- chunks: prepare ------------------------------------------------------------------------------------------------- */
+
+const int kLd = 68;                         /* row stride of the f32 triangle, in floats */
+const int kTile = kChunk * kDim * 2;        /* bytes of one 64 x 128 operand */
+const int kPrepSmem = 4 * kTile + 2 * kChunk * kLd * 4 + 2 * 32 * kLd * 4 + 8 * kChunk * 4;
+
+/* 64 x 128 tile: 256-byte rows of 16 chunks of 16 bytes. */
+__device__ __forceinline__ uint32_t at128(int row, int chunk) { return row * 256 + ((chunk ^ (row & 7)) << 4); }
+/* 64 x 64 tile: 128-byte rows. */
+__device__ __forceinline__ uint32_t at64(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+__device__ __forceinline__ int64_t chunk_id(const gdn_args &a, int s, int c)
+{
+    return (a.cu[s] - a.tok0) / kChunk + (s - a.seq0) + c;
+}
+
+__device__ __forceinline__ void load_rows(const gdn_args &a, uint32_t dst, int t, int n, int channel, int tid, int n_threads)
+{
+    for (int i = tid; i < kChunk * 16; i += n_threads) {
+        int r = i >> 4, c = i & 15;
+        bool ok = r < n;
+        cp16(dst + at128(r, c), a.qkv + (int64_t)(t - a.tok0 + (ok ? r : 0)) * a.n_conv + channel + c * 8, ok);
+    }
+}
+
+__device__ __forceinline__ uint32_t tf32(float x)
+{
+    uint32_t r;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+    return r;
+}
+
+/* acc (16 x 16 as two 16 x 8) += L R, both 16 x 16 f32 tiles in shared memory with row stride kLd; tf32 products. */
+__device__ __forceinline__ void tile_mma(float acc[2][4], const float *L, const float *R, int lane)
+{
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int k = 0; k < 16; k += 8) {
+        uint32_t a0 = tf32(L[g * kLd + k + t]), a1 = tf32(L[(g + 8) * kLd + k + t]);
+        uint32_t a2 = tf32(L[g * kLd + k + t + 4]), a3 = tf32(L[(g + 8) * kLd + k + t + 4]);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            uint32_t b0 = tf32(R[(k + t) * kLd + n * 8 + g]), b1 = tf32(R[(k + t + 4) * kLd + n * 8 + g]);
+            asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                         : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])
+                         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        }
+    }
+}
+
+__device__ __forceinline__ void tile_put(float *dst, const float acc[2][4], float sign, int lane)
+{
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        *(float2 *)(dst + g * kLd + n * 8 + 2 * t) = make_float2(sign * acc[n][0], sign * acc[n][1]);
+        *(float2 *)(dst + (g + 8) * kLd + n * 8 + 2 * t) = make_float2(sign * acc[n][2], sign * acc[n][3]);
+    }
+}
+
+/* In place: the diagonal 16 x 16 block of I + M becomes its inverse, by forward substitution; lane j < 16 has column j. */
+__device__ __forceinline__ void invert_diagonal(float *M, int lane)
+{
+    float x[16];
+    const int j = lane & 15;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        float v = i == j ? 1.f : 0.f;
+#pragma unroll
+        for (int l = 0; l < i; l++)
+            v -= M[i * kLd + l] * x[l];
+        x[i] = v;
+    }
+    __syncwarp();
+    if (lane < 16)
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            M[i * kLd + j] = x[i];
+    __syncwarp();
+}
+
+/* (I + M)^-1 of a 64 x 64 unit lower triangle, in place, by four warps: diagonal blocks of 16, then 16 -> 32 -> 64 with
+ * A21 = -A22 M21 A11. All threads of the block call it together. */
+__device__ void invert_triangle(float *M, float *T, int wh, int lane, bool active)
+{
+    if (active)
+        invert_diagonal(M + wh * 16 * kLd + wh * 16, lane);
+    __syncthreads();
+    if (active && wh < 2) {
+        float *b10 = M + (wh * 2 + 1) * 16 * kLd + wh * 32, *d0 = M + wh * 32 * kLd + wh * 32, *d1 = d0 + 16 * kLd + 16;
+        float *tmp = T + wh * 16 * kLd;
+        float acc[2][4] = {};
+        tile_mma(acc, b10, d0, lane);
+        tile_put(tmp, acc, 1.f, lane);
+        __syncwarp();
+        float acc2[2][4] = {};
+        tile_mma(acc2, d1, tmp, lane);
+        __syncwarp();
+        tile_put(b10, acc2, -1.f, lane);
+    }
+    __syncthreads();
+    const int i = wh >> 1, j = wh & 1;
+    float *mine = M + (32 + i * 16) * kLd + j * 16;
+    if (active) {
+        float acc[2][4] = {};
+        tile_mma(acc, M + (32 + i * 16) * kLd, M + j * 16, lane);
+        tile_mma(acc, M + (32 + i * 16) * kLd + 16, M + 16 * kLd + j * 16, lane);
+        tile_put(T + i * 16 * kLd + j * 16, acc, 1.f, lane);
+    }
+    __syncthreads();
+    if (active) {
+        float acc[2][4] = {};
+        tile_mma(acc, M + (32 + i * 16) * kLd + 32, T + j * 16, lane);
+        if (i == 1)
+            tile_mma(acc, M + 48 * kLd + 48, T + 16 * kLd + j * 16, lane);
+        tile_put(mine, acc, -1.f, lane);
+    }
+    __syncthreads();
+}
+
+/* Block (chunk, key head, sequence), 8 warps; two value heads at a time, four warps each. */
+__global__ void __launch_bounds__(256, 2) prepare_kernel(const gdn_args a)
+{
+    extern __shared__ __align__(128) unsigned char gdn_smem[];
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, kh = blockIdx.y;
+    const int s = a.seq0 + blockIdx.z, c = blockIdx.x;
+    pdl_launch();
+    pdl_wait();
+    const int t_seq = a.cu[s], n_seq = a.cu[s + 1] - t_seq, t = t_seq + c * kChunk;
+    if (c * kChunk >= n_seq)
+        return;
+    const int n = min(kChunk, n_seq - c * kChunk);
+    const int64_t id = chunk_id(a, s, c);
+    const uint32_t q_s = smem_u32(gdn_smem), k_s = q_s + kTile, v_s = k_s + kTile;
+    float *tri = (float *)(gdn_smem + 4 * kTile), *tmp = tri + 2 * kChunk * kLd;
+    float *gam = tmp + 2 * 32 * kLd, *bet = gam + 2 * kChunk, *egb = bet + 2 * kChunk;     /* [2][64] each */
+
+    load_rows(a, q_s, t, n, kh * kDim, tid, 256);
+    load_rows(a, k_s, t, n, (a.n_k + kh) * kDim, tid, 256);
+    cp_commit();
+
+    /* The last chunk also moves the convolution state on: every reader of it was in the kernel before. */
+    if (c * kChunk + n == n_seq) {
+        bf16 *rec = conv_state(a, s);
+        for (int i = tid; i < (2 + a.ratio) * kDim; i += 256) {
+            int head = i / kDim, ch = i % kDim;
+            ch += (head == 0 ? kh : head == 1 ? a.n_k + kh : 2 * a.n_k + kh * a.ratio + head - 2) * kDim;
+            float u0 = conv_in(a, rec, t_seq, n_seq - 3, ch), u1 = conv_in(a, rec, t_seq, n_seq - 2, ch);
+            float u2 = conv_in(a, rec, t_seq, n_seq - 1, ch);
+            rec[ch] = __float2bfloat16_rn(u0);
+            rec[a.n_conv + ch] = __float2bfloat16_rn(u1);
+            rec[2 * a.n_conv + ch] = __float2bfloat16_rn(u2);
+        }
+    }
+
+    const int mt = warp & 3, nh = warp >> 2, g = lane >> 2, tq = lane & 3;
+    for (int h0 = 0; h0 < a.ratio; h0 += 2) {
+        const int heads = min(2, a.ratio - h0), h = kh * a.ratio + h0;
+        __syncthreads();
+        for (int v = 0; v < heads; v++)
+            load_rows(a, v_s + v * kTile, t, n, (2 * a.n_k + h + v) * kDim, tid, 256);
+        cp_commit();
+        if (tid < heads * 64) {
+            int hh = h + (tid >> 6), i = tid & 63;
+            float gi = 0.f, b = 0.f;
+            if (i < n) {
+                const bf16 *row = a.proj + (int64_t)(t + i) * a.ld_proj;
+                gi = decay_log(a.A_log[hh], __bfloat162float(row[a.a_off + hh]) + a.dt_bias[hh]);
+                b = sigmoidf(__bfloat162float(row[a.b_off + hh]));
+            }
+#pragma unroll
+            for (int o = 1; o < 32; o <<= 1) {
+                float up = __shfl_up_sync(0xffffffffu, gi, o);
+                gi += lane >= o ? up : 0.f;
+            }
+            gam[tid] = gi;
+            bet[tid] = b;
+        }
+        __syncthreads();
+        float base = tid < heads * 64 && (tid & 32) ? gam[(tid & ~63) + 31] : 0.f;
+        __syncthreads();
+        if (tid < heads * 64)
+            gam[tid] += base;
+        cp_wait<0>();
+        __syncthreads();
+        if (tid < heads * 64) {
+            float eg = expf(gam[tid]);
+            egb[tid] = eg * bet[tid];
+            float *d = a.decay + (id * a.n_v + h + (tid >> 6)) * 2 * kChunk;
+            d[tid & 63] = eg;
+            d[kChunk + (tid & 63)] = expf(gam[tid | 63] - gam[tid]);
+        }
+        /* Again for each pair of heads: keeping it would cost 32 registers per thread through the rest of the loop. */
+        float kk[4][4] = {}, qk[4][4] = {};
+#pragma unroll
+        for (int ks = 0; ks < 8; ks++) {
+            uint32_t ak[4], aq[4];
+            ldsm4(ak, k_s + at128(mt * 16 + (lane & 15), ks * 2 + (lane >> 4)));
+            ldsm4(aq, q_s + at128(mt * 16 + (lane & 15), ks * 2 + (lane >> 4)));
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                uint32_t b[4];
+                ldsm4(b, k_s + at128(nh * 32 + j * 16 + (lane & 7) + ((lane >> 4) << 3), ks * 2 + ((lane >> 3) & 1)));
+                mma16816(kk[2 * j], ak, b[0], b[1]);
+                mma16816(kk[2 * j + 1], ak, b[2], b[3]);
+                mma16816(qk[2 * j], aq, b[0], b[1]);
+                mma16816(qk[2 * j + 1], aq, b[2], b[3]);
+            }
+        }
+        for (int v = 0; v < heads; v++) {
+            bf16 *p = a.p + (id * a.n_v + h + v) * kChunk * kChunk;
+            const float *ga = gam + v * 64, *be = bet + v * 64;
+            float *M = tri + v * kChunk * kLd;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                int col = nh * 32 + j * 8 + 2 * tq;
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    int row = mt * 16 + g + r * 8;
+                    /* Masked before the exponential: above the diagonal the exponent is positive and may overflow. */
+                    float d0 = row >= col ? __expf(ga[row] - ga[col]) : 0.f, d1 = row >= col + 1 ? __expf(ga[row] - ga[col + 1]) : 0.f;
+                    *(float2 *)(M + row * kLd + col) =
+                        make_float2(row > col ? be[row] * kk[j][2 * r] * d0 : 0.f, row > col + 1 ? be[row] * kk[j][2 * r + 1] * d1 : 0.f);
+                    *(uint32_t *)(p + row * kChunk + col) = pack2(qk[j][2 * r] * d0, qk[j][2 * r + 1] * d1);
+                }
+            }
+        }
+        __syncthreads();
+        const int v = warp >> 2, wq = warp & 3;
+        float *A = tri + v * kChunk * kLd;
+        invert_triangle(A, tmp + v * 32 * kLd, wq, lane, v < heads);
+        if (v >= heads)
+            continue;
+
+        /* U^T [value 32 wq .. + 31][token] = V^T (A diag(beta))^T */
+        const float *be = bet + v * 64, *eb = egb + v * 64;
+        float acc[2][8][4];
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                acc[m][j][0] = acc[m][j][1] = acc[m][j][2] = acc[m][j][3] = 0.f;
+#pragma unroll
+        for (int ks = 0; ks < 4; ks++) {
+            uint32_t av[2][4];
+#pragma unroll
+            for (int m = 0; m < 2; m++)
+                ldsm4t(av[m], v_s + v * kTile + at128(ks * 16 + (lane & 7) + ((lane >> 4) << 3), wq * 4 + m * 2 + ((lane >> 3) & 1)));
+            float2 b0 = *(const float2 *)(be + ks * 16 + 2 * tq), b1 = *(const float2 *)(be + ks * 16 + 8 + 2 * tq);
+#pragma unroll
+            for (int j = 2 * ks; j < 8; j++) {
+                const float *Ar = A + (j * 8 + g) * kLd + ks * 16 + 2 * tq;
+                float2 x = *(const float2 *)Ar, y = *(const float2 *)(Ar + 8);
+                uint32_t f0 = pack2(x.x * b0.x, x.y * b0.y), f1 = pack2(y.x * b1.x, y.y * b1.y);
+                mma16816(acc[0][j], av[0], f0, f1);
+                mma16816(acc[1][j], av[1], f0, f1);
+            }
+        }
+        bf16 *ut = a.ut + (id * a.n_v + h + v) * kDim * kChunk;
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                bf16 *o = ut + (wq * 32 + m * 16 + g) * kChunk + j * 8 + 2 * tq;
+                *(uint32_t *)o = pack2(acc[m][j][0], acc[m][j][1]);
+                *(uint32_t *)(o + 8 * kChunk) = pack2(acc[m][j][2], acc[m][j][3]);
+            }
+
+        /* W [token][key 32 wq .. + 31] = A diag(beta e^gamma) K */
+        float wacc[4][4][4];
+#pragma unroll
+        for (int m = 0; m < 4; m++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                wacc[m][j][0] = wacc[m][j][1] = wacc[m][j][2] = wacc[m][j][3] = 0.f;
+#pragma unroll
+        for (int ks = 0; ks < 4; ks++) {
+            uint32_t b[2][4];
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                ldsm4t(b[j], k_s + at128(ks * 16 + (lane & 7) + ((lane >> 3) & 1) * 8, wq * 4 + j * 2 + (lane >> 4)));
+            float2 e0 = *(const float2 *)(eb + ks * 16 + 2 * tq), e1 = *(const float2 *)(eb + ks * 16 + 8 + 2 * tq);
+#pragma unroll
+            for (int m = ks; m < 4; m++) {
+                const float *Ar = A + (m * 16 + g) * kLd + ks * 16 + 2 * tq;
+                float2 x0 = *(const float2 *)Ar, x1 = *(const float2 *)(Ar + 8 * kLd);
+                float2 x2 = *(const float2 *)(Ar + 8), x3 = *(const float2 *)(Ar + 8 * kLd + 8);
+                uint32_t af[4] = { pack2(x0.x * e0.x, x0.y * e0.y), pack2(x1.x * e0.x, x1.y * e0.y),
+                                   pack2(x2.x * e1.x, x2.y * e1.y), pack2(x3.x * e1.x, x3.y * e1.y) };
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    mma16816(wacc[m][2 * j], af, b[j][0], b[j][1]);
+                    mma16816(wacc[m][2 * j + 1], af, b[j][2], b[j][3]);
+                }
+            }
+        }
+        bf16 *w = a.w + (id * a.n_v + h + v) * kChunk * kDim;
+#pragma unroll
+        for (int m = 0; m < 4; m++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                bf16 *o = w + (m * 16 + g) * kDim + wq * 32 + j * 8 + 2 * tq;
+                *(uint32_t *)o = pack2(wacc[m][j][0], wacc[m][j][1]);
+                *(uint32_t *)(o + 8 * kDim) = pack2(wacc[m][j][2], wacc[m][j][3]);
+            }
+    }
+}
+
+/* ---- chunks: scan ---------------------------------------------------------------------------------------------------- */
+
+const int kScanWarps = 2;
+const int kScanStage = 3 * kTile + kChunk * kChunk * 2 + 2 * kChunk * 4;
+const int kScanSmem = 2 * kScanStage;
+
+__device__ __forceinline__ uint32_t transpose8x8(uint32_t v)
+{
+    uint32_t r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+
+__device__ __forceinline__ void scan_load(const gdn_args &a, uint32_t dst, int64_t id, int t, int n, int h, int tid)
+{
+    const int kh = h / a.ratio;
+    const bf16 *w = a.w + (id * a.n_v + h) * kChunk * kDim, *p = a.p + (id * a.n_v + h) * kChunk * kChunk;
+    const float *d = a.decay + (id * a.n_v + h) * 2 * kChunk;
+    for (int i = tid; i < kChunk * 16; i += kScanWarps * 32) {
+        int r = i >> 4, c = i & 15;
+        bool ok = r < n;
+        const bf16 *row = a.qkv + (int64_t)(t - a.tok0 + (ok ? r : 0)) * a.n_conv + c * 8;
+        cp16(dst + at128(r, c), w + r * kDim + c * 8, true);
+        cp16(dst + kTile + at128(r, c), row + kh * kDim, ok);
+        cp16(dst + 2 * kTile + at128(r, c), row + (a.n_k + kh) * kDim, ok);
+    }
+    for (int i = tid; i < kChunk * 8; i += kScanWarps * 32)
+        cp16(dst + 3 * kTile + at64(i >> 3, i & 7), p + i * 8, true);
+    for (int i = tid; i < 2 * kChunk / 4; i += kScanWarps * 32)
+        cp16(dst + 3 * kTile + kChunk * kChunk * 2 + i * 16, d + i * 4, true);
+}
+
+/* Block (slices of 32 value columns, value head, sequence); a warp owns 16 columns. */
+__global__ void __launch_bounds__(kScanWarps * 32) scan_kernel(const gdn_args a)
+{
+    extern __shared__ __align__(128) unsigned char gdn_smem[];
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, tq = lane & 3;
+    const int h = blockIdx.y, s = a.seq0 + blockIdx.z, dv = (blockIdx.x * kScanWarps + warp) * 16;
+    pdl_launch();
+    pdl_wait();
+    const int t0 = a.cu[s], n = a.cu[s + 1] - t0, n_chunks = (n + kChunk - 1) / kChunk;
+    if (n == 0)
+        return;
+    const int64_t id0 = chunk_id(a, s, 0);
+    scan_load(a, smem_u32(gdn_smem), id0, t0, min(n, kChunk), h, tid);
+    cp_commit();
+
+    float *S = s_state(a, s, h);
+    float st[16][4];
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            st[j][e] = S[(j * 8 + 2 * tq + (e & 1)) * kDim + dv + g + (e >> 1) * 8];
+
+    for (int c = 0; c < n_chunks; c++) {
+        const bf16 *ut = a.ut + ((id0 + c) * a.n_v + h) * kDim * kChunk + (dv + g) * kChunk + 2 * tq;
+        uint32_t u[8][2];
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            u[j][0] = *(const uint32_t *)(ut + j * 8);
+            u[j][1] = *(const uint32_t *)(ut + 8 * kChunk + j * 8);
+        }
+        cp_wait<0>();
+        __syncthreads();
+        if (c + 1 < n_chunks)
+            scan_load(a, smem_u32(gdn_smem) + ((c + 1) & 1) * kScanStage, id0 + c + 1, t0 + (c + 1) * kChunk,
+                      min(n - (c + 1) * kChunk, kChunk), h, tid);
+        cp_commit();
+        const uint32_t w_s = smem_u32(gdn_smem) + (c & 1) * kScanStage, q_s = w_s + kTile, k_s = q_s + kTile, p_s = k_s + kTile;
+        const float *eg = (const float *)(gdn_smem + (c & 1) * kScanStage + 3 * kTile + kChunk * kChunk * 2), *ed = eg + kChunk;
+
+        float vn[8][4], o[8][4];
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                vn[j][e] = o[j][e] = 0.f;
+#pragma unroll
+        for (int ks = 0; ks < 8; ks++) {
+            uint32_t as[4] = { pack2(st[2 * ks][0], st[2 * ks][1]), pack2(st[2 * ks][2], st[2 * ks][3]),
+                               pack2(st[2 * ks + 1][0], st[2 * ks + 1][1]), pack2(st[2 * ks + 1][2], st[2 * ks + 1][3]) };
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                uint32_t b[4];
+                ldsm4(b, w_s + at128(j * 16 + (lane & 7) + ((lane >> 4) << 3), ks * 2 + ((lane >> 3) & 1)));
+                mma16816(vn[2 * j], as, b[0], b[1]);
+                mma16816(vn[2 * j + 1], as, b[2], b[3]);
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                uint32_t b[4];
+                ldsm4(b, q_s + at128(j * 16 + (lane & 7) + ((lane >> 4) << 3), ks * 2 + ((lane >> 3) & 1)));
+                mma16816(o[2 * j], as, b[0], b[1]);
+                mma16816(o[2 * j + 1], as, b[2], b[3]);
+            }
+        }
+        const float last = eg[kChunk - 1];
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float2 e = *(const float2 *)(eg + j * 8 + 2 * tq);
+            float2 x = unpack2(u[j][0]), y = unpack2(u[j][1]);
+            vn[j][0] = x.x - vn[j][0];
+            vn[j][1] = x.y - vn[j][1];
+            vn[j][2] = y.x - vn[j][2];
+            vn[j][3] = y.y - vn[j][3];
+            o[j][0] *= e.x;
+            o[j][1] *= e.y;
+            o[j][2] *= e.x;
+            o[j][3] *= e.y;
+        }
+#pragma unroll
+        for (int j = 0; j < 16; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                st[j][e] *= last;
+#pragma unroll
+        for (int ks = 0; ks < 4; ks++) {
+            uint32_t av[4] = { pack2(vn[2 * ks][0], vn[2 * ks][1]), pack2(vn[2 * ks][2], vn[2 * ks][3]),
+                               pack2(vn[2 * ks + 1][0], vn[2 * ks + 1][1]), pack2(vn[2 * ks + 1][2], vn[2 * ks + 1][3]) };
+#pragma unroll
+            for (int j = ks; j < 4; j++) {
+                uint32_t b[4];
+                ldsm4(b, p_s + at64(j * 16 + (lane & 7) + ((lane >> 4) << 3), ks * 2 + ((lane >> 3) & 1)));
+                mma16816(o[2 * j], av, b[0], b[1]);
+                mma16816(o[2 * j + 1], av, b[2], b[3]);
+            }
+            float2 e0 = *(const float2 *)(ed + ks * 16 + 2 * tq), e1 = *(const float2 *)(ed + ks * 16 + 8 + 2 * tq);
+            uint32_t ad[4] = { pack2(vn[2 * ks][0] * e0.x, vn[2 * ks][1] * e0.y), pack2(vn[2 * ks][2] * e0.x, vn[2 * ks][3] * e0.y),
+                               pack2(vn[2 * ks + 1][0] * e1.x, vn[2 * ks + 1][1] * e1.y),
+                               pack2(vn[2 * ks + 1][2] * e1.x, vn[2 * ks + 1][3] * e1.y) };
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                uint32_t b[4];
+                ldsm4t(b, k_s + at128(ks * 16 + (lane & 7) + ((lane >> 3) & 1) * 8, j * 2 + (lane >> 4)));
+                mma16816(st[2 * j], ad, b[0], b[1]);
+                mma16816(st[2 * j + 1], ad, b[2], b[3]);
+            }
+        }
+        const int m = n - c * kChunk;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            /* Token becomes the row: lane holds token 8 j + g, columns dv + 2 tq and dv + 8 + 2 tq. */
+            uint32_t lo = transpose8x8(pack2(o[j][0], o[j][1])), hi = transpose8x8(pack2(o[j][2], o[j][3]));
+            int r = j * 8 + g;
+            if (r < m) {
+                bf16 *out = a.out + (int64_t)(t0 + c * kChunk + r) * a.ld_out + h * kDim + dv + 2 * tq;
+                *(uint32_t *)out = lo;
+                *(uint32_t *)(out + 8) = hi;
+            }
+        }
+    }
+    cp_wait<0>();
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            S[(j * 8 + 2 * tq + (e & 1)) * kDim + dv + g + (e >> 1) * 8] = st[j][e];
+}
+
+/* ---- chunks: gate ---------------------------------------------------------------------------------------------------- */
+
+/* One warp takes two heads of a token; 16 lanes of eight values make a head. */
+__global__ void __launch_bounds__(256) gate_kernel(const gdn_args a)
+{
+    pdl_launch();
+    pdl_wait();
+    const int t = a.tok0 + blockIdx.x;
+    const float4 *w4 = (const float4 *)(a.norm_w + (threadIdx.x & 15) * 8);
+    const float4 wa = w4[0], wb = w4[1];
+    const float w[8] = { wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w };
+    for (int i = threadIdx.x; i < a.n_v * 16; i += 256) {
+        uint4 *o = (uint4 *)(a.out + (int64_t)t * a.ld_out + i * 8);
+        uint4 ov = *o, zv = *(const uint4 *)(a.proj + (int64_t)t * a.ld_proj + a.z_off + i * 8);
+        const uint32_t *op = (const uint32_t *)&ov, *zp = (const uint32_t *)&zv;
+        float ss = 0.f;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            float2 f = unpack2(op[e]);
+            ss += f.x * f.x + f.y * f.y;
+        }
+#pragma unroll
+        for (int d = 8; d > 0; d >>= 1)
+            ss += __shfl_xor_sync(0xffffffffu, ss, d);
+        float rho = rsqrtf(ss / (float)kDim + a.eps);
+        uint32_t r[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            float2 f = unpack2(op[e]), z = unpack2(zp[e]);
+            r[e] = pack2(f.x * rho * w[2 * e] * siluf(z.x), f.y * rho * w[2 * e + 1] * siluf(z.y));
+        }
+        *o = make_uint4(r[0], r[1], r[2], r[3]);
+    }
+}
+
+/* ---- launch ---------------------------------------------------------------------------------------------------------- */
+
+int run_chunks(arle_device *dev, cudaStream_t st, gdn_args a, const arle_batch *b, char *scratch)
+{
+    const int n_tokens = (int)(b->n_tokens - b->n_decode);
+    const int64_t chunks = n_tokens / kChunk + a.n_seqs;
+    a.qkv = (bf16 *)scratch;
+    a.ut = a.qkv + (int64_t)n_tokens * a.n_conv;
+    a.w = a.ut + chunks * a.n_v * kDim * kChunk;
+    a.p = a.w + chunks * a.n_v * kDim * kChunk;
+    a.decay = (float *)(a.p + chunks * a.n_v * kChunk * kChunk);
+    const unsigned per_seq = (unsigned)ceil_div(b->max_new, kChunk);
+    bump(dev, COUNT_GDN_CHUNK);
+    int r = launch(dev, st, conv_kernel, dim3((unsigned)ceil_div(b->max_new, kConvTok), (unsigned)ceil_div(a.n_conv, 2048), a.n_seqs),
+                   dim3(256), 0, a);
+    if (r == 0)
+        r = launch(dev, st, prepare_kernel, dim3(per_seq, a.n_k, a.n_seqs), dim3(256), kPrepSmem, a);
+    if (r == 0)
+        r = launch(dev, st, scan_kernel, dim3(kDim / 16 / kScanWarps, a.n_v, a.n_seqs), dim3(kScanWarps * 32), kScanSmem, a);
+    if (r == 0)
+        r = launch(dev, st, gate_kernel, dim3(n_tokens), dim3(256), 0, a);
+    return r;
+}
+
+size_t chunk_scratch(const gdn_args *a, int n_tokens)
+{
+    size_t chunks = n_tokens / kChunk + a->n_seqs;
+    return (size_t)n_tokens * a->n_conv * 2 + chunks * a->n_v * (2 * kDim * kChunk * 2 + kChunk * kChunk * 2 + 2 * kChunk * 4);
+}
+
+} // namespace
+
+extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const struct arle_gdn_args *g)
+{
+    OP_ENTER(dev, st);
+    const arle_batch *b = g->batch;
+    if (b->n_tokens == 0)
+        return 0;
+    if (g->dtype != ARLE_BF16 || g->dk != (uint32_t)kDim || g->dv != (uint32_t)kDim || g->conv_width != 4 || g->n_k == 0
+        || g->n_v % g->n_k != 0 || (g->ld_proj | g->u_off | g->z_off | g->ld_out) % 8 != 0 || (uint64_t)b->n_seqs * g->n_k > 65536)
+        return -EINVAL;
+    gdn_args a = {};
+    a.n_k = (int)g->n_k;
+    a.n_v = (int)g->n_v;
+    a.ratio = a.n_v / a.n_k;
+    a.n_conv = (2 * a.n_k + a.n_v) * kDim;
+    a.eps = g->eps;
+    a.proj = (const bf16 *)g->proj;
+    a.ld_proj = g->ld_proj;
+    a.u_off = g->u_off;
+    a.z_off = g->z_off;
+    a.a_off = g->a_off;
+    a.b_off = g->b_off;
+    a.conv_w = g->conv_w;
+    a.A_log = g->A_log;
+    a.dt_bias = g->dt_bias;
+    a.norm_w = g->norm_w;
+    a.conv_base = (char *)g->conv_state.base;
+    a.conv_stride = g->conv_state.stride;
+    a.conv_offset = g->conv_state.offset;
+    a.s_base = (char *)g->s_state.base;
+    a.s_stride = g->s_state.stride;
+    a.s_offset = g->s_state.offset;
+    a.cu = b->cu;
+    a.slot = b->slot;
+    a.out = (bf16 *)g->out;
+    a.ld_out = g->ld_out;
+    a.tickets = dev->tickets + 65536;
+
+    uint32_t stepped = b->n_decode;
+    gdn_args c = a;
+    c.seq0 = (int)b->n_decode;
+    c.n_seqs = (int)(b->n_seqs - b->n_decode);
+    c.tok0 = (int)b->n_decode;
+    bool chunked = c.n_seqs > 0 && b->max_new > (uint32_t)kStepLimit && !dev->deterministic && g->scratch != NULL
+                   && chunk_scratch(&c, (int)(b->n_tokens - b->n_decode)) <= g->scratch_bytes;
+    if (!chunked)
+        stepped = b->n_seqs;        /* short pieces, deterministic mode: token after token */
+    int r = 0;
+    if (stepped > 0) {
+        bump(dev, COUNT_GDN_STEP);
+        r = launch(dev, cs(st), step_kernel, dim3(a.n_v, stepped), dim3(256), 0, a);
+    }
+    if (r == 0 && chunked)
+        r = run_chunks(dev, cs(st), c, b, (char *)g->scratch);
+    return r;
+}

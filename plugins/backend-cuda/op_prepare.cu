@@ -1,0 +1,206 @@
+/* attn_prepare: norm of q and k heads, rotary embedding, write of k and v to the paged cache, in the cache's dtype. */
+#include "common.cuh"
+#include <errno.h>
+
+namespace {
+
+const int kMaxHead = 512, kWarps = 8;
+
+struct prepare_args {
+    int n_q, n_kv, head_dim, rot_dim, rot_off, interleaved, page_tokens, table_stride, pos_shift;
+    float eps, w_offset, rope_scale;
+    const int32_t *pos, *seq_of, *table;
+    const bf16 *qkv; int64_t ld_qkv, q_off, q_head_stride, k_off, v_off;
+    const float *q_norm, *k_norm, *inv_freq;
+    char *kv; size_t page_stride, kv_offset, entry_stride;
+    uint32_t kv_dtype;
+    bf16 *q_out;
+};
+
+__device__ __forceinline__ void load_head(const bf16 *src, int dim, float *x, int lane)
+{
+    for (int i = lane * 2; i < dim; i += 64) {
+        float2 f = unpack2(*(const uint32_t *)(src + i));
+        x[i] = f.x;
+        x[i + 1] = f.y;
+    }
+    __syncwarp();
+}
+
+__device__ void norm_head(float *x, int dim, const float *w, float w_offset, float eps, int lane)
+{
+    float s = 0.f;
+    for (int i = lane; i < dim; i += 32)
+        s += x[i] * x[i];
+    float rho = rsqrtf(warp_sum(s) / (float)dim + eps);
+    for (int i = lane; i < dim; i += 32)
+        x[i] = round_bf(x[i] * rho * (w_offset + w[i]));
+    __syncwarp();
+}
+
+__device__ void rotate_head(float *x, const prepare_args &a, const float2 *cs, int lane)
+{
+    int half = a.rot_dim / 2;
+    for (int j = lane; j < half; j += 32) {
+        int i0 = a.rot_off + (a.interleaved ? 2 * j : j), i1 = a.rot_off + (a.interleaved ? 2 * j + 1 : j + half);
+        float u = x[i0], v = x[i1];
+        x[i0] = (u * cs[j].x - v * cs[j].y) * a.rope_scale;
+        x[i1] = (v * cs[j].x + u * cs[j].y) * a.rope_scale;
+    }
+    __syncwarp();
+}
+
+__device__ void store_bf16(bf16 *dst, const float *x, int dim, int lane)
+{
+    for (int i = lane * 2; i < dim; i += 64)
+        *(uint32_t *)(dst + i) = pack2(x[i], x[i + 1]);
+}
+
+/* Sylvester-Hadamard of each 128-wide half, orthonormal. */
+__device__ void hadamard(float *x, int dim, int lane)
+{
+    for (int len = 1; len < 128; len <<= 1) {
+        for (int p = lane; p < dim / 2; p += 32) {
+            int i = (p / len) * 2 * len + p % len;
+            float u = x[i], v = x[i + len];
+            x[i] = u + v;
+            x[i + len] = u - v;
+        }
+        __syncwarp();
+    }
+    for (int i = lane; i < dim; i += 32)
+        x[i] *= 0.08838834764831845f;
+    __syncwarp();
+}
+
+/* Vector `vec` of an entry of n_vec vectors in the forms of <arle/kv.h>. */
+__device__ void store_quantised(char *entry, int vec, int n_vec, float *x, int dim, uint32_t dtype, int lane)
+{
+    float amax = 0.f;
+    if (dtype == ARLE_I4G) {
+        hadamard(x, dim, lane);
+        uint8_t *codes = (uint8_t *)entry + (size_t)vec * (dim / 2);
+        __half *scales = (__half *)(entry + (size_t)n_vec * (dim / 2)) + vec * (dim / 32);
+        for (int g = lane; g < dim / 32; g += 32) {
+            amax = 0.f;
+            for (int i = 0; i < 32; i++)
+                amax = fmaxf(amax, fabsf(x[g * 32 + i]));
+            __half s = __float2half_rn(amax / 7.f);
+            float inv = __half2float(s) > 0.f ? 1.f / __half2float(s) : 0.f;
+            scales[g] = s;
+            for (int i = 0; i < 32; i += 2) {
+                int lo = __float2int_rn(x[g * 32 + i] * inv) + 8, hi = __float2int_rn(x[g * 32 + i + 1] * inv) + 8;
+                lo = min(max(lo, 1), 15);
+                hi = min(max(hi, 1), 15);
+                codes[g * 16 + i / 2] = (uint8_t)(lo | hi << 4);
+            }
+        }
+        return;
+    }
+    for (int i = lane; i < dim; i += 32)
+        amax = fmaxf(amax, fabsf(x[i]));
+    amax = warp_max(amax);
+    float s = amax / (dtype == ARLE_I8 ? 127.f : 448.f), inv = s > 0.f ? 1.f / s : 0.f;
+    uint8_t *codes = (uint8_t *)entry + (size_t)vec * dim;
+    for (int i = lane; i < dim; i += 32) {
+        float q = x[i] * inv;
+        codes[i] = dtype == ARLE_I8 ? (uint8_t)(int8_t)__float2int_rn(q) : (uint8_t)__nv_fp8_e4m3(q).__x;
+    }
+    if (lane == 0)
+        ((float *)(entry + (size_t)n_vec * dim))[vec] = s;
+}
+
+/* One block per token, one warp per head in turn. */
+__global__ void __launch_bounds__(kWarps * 32) prepare_kernel(prepare_args a)
+{
+    __shared__ float xs[kWarps][kMaxHead];
+    __shared__ float2 cs[kMaxHead / 2];
+    const int t = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    pdl_launch();
+    pdl_wait();
+    const int pos = a.pos[t] + a.pos_shift;
+    if (pos < 0)
+        return;
+    for (int j = threadIdx.x; j < a.rot_dim / 2; j += blockDim.x) {
+        float s, c;
+        sincosf((float)pos * a.inv_freq[j], &s, &c);
+        cs[j] = make_float2(c, s);
+    }
+    __syncthreads();
+    const int32_t *table = a.table + (int64_t)a.seq_of[t] * a.table_stride;
+    char *entry = a.kv + (size_t)table[pos / a.page_tokens] * a.page_stride + a.kv_offset + (size_t)(pos % a.page_tokens) * a.entry_stride;
+    const bf16 *row = a.qkv + (int64_t)t * a.ld_qkv;
+    float *x = xs[warp];
+    for (int h = warp; h < a.n_q + 2 * a.n_kv; h += kWarps) {
+        bool is_q = h < a.n_q, is_k = !is_q && h < a.n_q + a.n_kv;
+        int vec = h - a.n_q;
+        const bf16 *src = is_q ? row + a.q_off + h * a.q_head_stride
+                               : is_k ? row + a.k_off + (int64_t)vec * a.head_dim
+                                      : row + a.v_off + (int64_t)(vec - a.n_kv) * a.head_dim;
+        load_head(src, a.head_dim, x, lane);
+        const float *w = is_q ? a.q_norm : is_k ? a.k_norm : NULL;
+        if (w != NULL)
+            norm_head(x, a.head_dim, w, a.w_offset, a.eps, lane);
+        if (is_q || is_k)
+            rotate_head(x, a, cs, lane);
+        if (is_q) {
+            store_bf16(a.q_out + ((int64_t)t * a.n_q + h) * a.head_dim, x, a.head_dim, lane);
+        } else if (a.kv_dtype == ARLE_BF16) {
+            store_bf16((bf16 *)entry + (int64_t)vec * a.head_dim, x, a.head_dim, lane);
+        } else {
+            if (a.kv_dtype != ARLE_F32)
+                for (int i = lane; i < a.head_dim; i += 32)
+                    x[i] = round_bf(x[i]);
+            __syncwarp();
+            store_quantised(entry, vec, 2 * a.n_kv, x, a.head_dim, a.kv_dtype, lane);
+        }
+        __syncwarp();
+    }
+}
+
+} // namespace
+
+extern "C" int cuda_attn_prepare(struct arle_device *dev, struct arle_stream *st, const struct arle_attn_prepare_args *a)
+{
+    OP_ENTER(dev, st);
+    const arle_batch *b = a->batch;
+    if (b->n_tokens == 0)
+        return 0;
+    uint32_t kd = a->kv.dtype;
+    if (a->dtype != ARLE_BF16 || a->head_dim % 64 != 0 || a->head_dim > kMaxHead || a->rot_dim > a->head_dim
+        || (kd != ARLE_BF16 && kd != ARLE_I8 && kd != ARLE_F8E4M3 && kd != ARLE_I4G) || (kd == ARLE_I4G && a->head_dim % 128 != 0)
+        || (a->q_off | a->q_head_stride | a->k_off | a->v_off | a->ld_qkv) % 2 != 0)
+        return -EINVAL;
+    prepare_args p = {};
+    p.n_q = (int)a->n_q;
+    p.n_kv = (int)a->n_kv;
+    p.head_dim = (int)a->head_dim;
+    p.rot_dim = (int)a->rot_dim;
+    p.rot_off = (int)a->rot_off;
+    p.interleaved = (int)a->interleaved;
+    p.page_tokens = (int)b->page_tokens;
+    p.table_stride = (int)b->table_stride;
+    p.pos_shift = a->pos_shift;
+    p.eps = a->eps;
+    p.w_offset = a->w_offset;
+    p.rope_scale = a->rope_scale;
+    p.pos = b->pos;
+    p.seq_of = b->seq_of;
+    p.table = b->block_table;
+    p.qkv = (const bf16 *)a->qkv;
+    p.ld_qkv = a->ld_qkv;
+    p.q_off = a->q_off;
+    p.q_head_stride = a->q_head_stride;
+    p.k_off = a->k_off;
+    p.v_off = a->v_off;
+    p.q_norm = a->q_norm;
+    p.k_norm = a->k_norm;
+    p.inv_freq = a->inv_freq;
+    p.kv = (char *)a->kv.base;
+    p.page_stride = a->kv.page_stride;
+    p.kv_offset = a->kv.offset;
+    p.entry_stride = a->kv.entry_stride;
+    p.kv_dtype = kd;
+    p.q_out = (bf16 *)a->q_out;
+    return launch(dev, cs(st), prepare_kernel, dim3(b->n_tokens), dim3(kWarps * 32), 0, p);
+}
