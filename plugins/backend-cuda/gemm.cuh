@@ -23,6 +23,7 @@ struct gemm_args {
     const bf16 *x; int64_t ld_x;
     void *y; int64_t ld_y;
     int n, k, rows;             /* rows of W per group, inner dimension, tokens (all groups) */
+    int out;                    /* enum gemm_out */
     int n_out;                  /* columns of y: n, or I for GEMM_SILU */
     float limit;                /* GEMM_SILU */
     int whole_tiles;            /* 1: no tile is split, results depend on nothing but the tile */
@@ -59,17 +60,16 @@ static __device__ __forceinline__ float silu_limited(float g, float u, float lim
     return siluf(g) * u;
 }
 
-template <int OUT>
 static __device__ __forceinline__ void gemm_put(const gemm_args &a, int64_t t, int n, float v)
 {
     int64_t i = t * a.ld_y + n;
-    if (OUT == GEMM_BF16)
+    if (a.out == GEMM_BF16)
         ((bf16 *)a.y)[i] = __float2bfloat16_rn(v);
-    else if (OUT == GEMM_BF16_ADD)
+    else if (a.out == GEMM_BF16_ADD)
         ((bf16 *)a.y)[i] = __float2bfloat16_rn(v + __bfloat162float(((bf16 *)a.y)[i]));
-    else if (OUT == GEMM_F32)
+    else if (a.out == GEMM_F32)
         ((float *)a.y)[i] = v;
-    else if (OUT == GEMM_F32_ADD)
+    else
         ((float *)a.y)[i] += v;
 }
 
@@ -109,8 +109,8 @@ static __device__ __forceinline__ gemm_tile gemm_locate(const gemm_args &a, int 
     return g;
 }
 
-template <int NT, int OUT, bool GROUPED>
-__global__ void __launch_bounds__(256, 2) gemm_stream_kernel(const gemm_args a)
+template <int NT, bool GROUPED>
+static __global__ void __launch_bounds__(256, 2) gemm_stream_kernel(const gemm_args a)
 {
     using S = gemm_shape<NT>;
     extern __shared__ __align__(128) unsigned char gemm_smem[];
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(256, 2) gemm_stream_kernel(const gemm_args a)
                         if (t >= g.t_end)
                             continue;
                         int64_t d = GROUPED && a.dst != NULL ? a.dst[t] : t;
-                        if (OUT == GEMM_SILU) {
+                        if (a.out == GEMM_SILU) {
                             int o = (g.m0 + (wm * S::MT + m) * 16) / 2 + (lane >> 2);
                             float v = silu_limited(acc[m][n][e], acc[m][n][2 + e], a.limit);
                             if (GROUPED && a.scale != NULL)
@@ -343,9 +343,9 @@ __global__ void __launch_bounds__(256, 2) gemm_stream_kernel(const gemm_args a)
                                 ((bf16 *)a.y)[d * a.ld_y + o] = __float2bfloat16_rn(v);
                         } else {
                             if (g.m0 + r < a.n)
-                                gemm_put<OUT>(a, d, g.m0 + r, acc[m][n][e]);
+                                gemm_put(a, d, g.m0 + r, acc[m][n][e]);
                             if (g.m0 + r + 8 < a.n)
-                                gemm_put<OUT>(a, d, g.m0 + r + 8, acc[m][n][2 + e]);
+                                gemm_put(a, d, g.m0 + r + 8, acc[m][n][2 + e]);
                         }
                     }
             }
@@ -368,22 +368,23 @@ __global__ void __launch_bounds__(256, 2) gemm_stream_kernel(const gemm_args a)
 }
 
 /** Launches gemm_stream for `tokens` columns per tile at most (8, 16, 32, 64 or 128). */
-template <int OUT, bool GROUPED>
-static inline int gemm_stream(arle_device *dev, cudaStream_t st, gemm_args a, int tokens)
+template <bool GROUPED>
+static int gemm_stream(arle_device *dev, cudaStream_t st, gemm_args a, int out, int tokens)
 {
+    a.out = out;
     a.partial = dev->partial;
     a.tickets = dev->tickets;
     dim3 grid((unsigned)(2 * dev->n_sm));
     bump(dev, COUNT_GEMM_STREAM);
     if (tokens <= 8)
-        return launch(dev, st, gemm_stream_kernel<1, OUT, GROUPED>, grid, dim3(256), gemm_shape<1>::SMEM, a);
+        return launch(dev, st, gemm_stream_kernel<1, GROUPED>, grid, dim3(256), gemm_shape<1>::SMEM, a);
     if (tokens <= 16)
-        return launch(dev, st, gemm_stream_kernel<2, OUT, GROUPED>, grid, dim3(256), gemm_shape<2>::SMEM, a);
+        return launch(dev, st, gemm_stream_kernel<2, GROUPED>, grid, dim3(256), gemm_shape<2>::SMEM, a);
     if (tokens <= 32)
-        return launch(dev, st, gemm_stream_kernel<4, OUT, GROUPED>, grid, dim3(256), gemm_shape<4>::SMEM, a);
+        return launch(dev, st, gemm_stream_kernel<4, GROUPED>, grid, dim3(256), gemm_shape<4>::SMEM, a);
     if (tokens <= 64)
-        return launch(dev, st, gemm_stream_kernel<8, OUT, GROUPED>, grid, dim3(256), gemm_shape<8>::SMEM, a);
-    return launch(dev, st, gemm_stream_kernel<16, OUT, GROUPED>, grid, dim3(256), gemm_shape<16>::SMEM, a);
+        return launch(dev, st, gemm_stream_kernel<8, GROUPED>, grid, dim3(256), gemm_shape<8>::SMEM, a);
+    return launch(dev, st, gemm_stream_kernel<16, GROUPED>, grid, dim3(256), gemm_shape<16>::SMEM, a);
 }
 
 #endif

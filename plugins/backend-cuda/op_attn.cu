@@ -22,6 +22,7 @@ struct attn_args {
     float scale_log2;               /* scale * log2(e): the softmax runs in powers of two */
     int n_splits, split_blocks;     /* decode; split_blocks 0: share the context evenly */
     float *work;
+    uint32_t kv_dtype;              /* of quantised entries */
 };
 
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk) { return row * kRow + ((chunk ^ (row & 7)) << 4); }
@@ -98,11 +99,11 @@ __device__ __forceinline__ void expand_i4(const char *entry, int vec, int n_vec,
 
 /* Brings `rows` keys and values from position p0 on into shared memory as bf16 (K at dst, V at dst + rows * kRow), with n_lanes
  * threads. Positions from `end` on become zeros: their scores are masked, but 0 * garbage would still be NaN. */
-template <uint32_t DT, int ROWS>
+template <bool QUANT, int ROWS>
 __device__ __forceinline__ void load_kv(const attn_args &a, const int32_t *table, int head, int p0, int end, unsigned char *dst,
                                         int lane, int n_lanes)
 {
-    if (DT == ARLE_BF16) {
+    if (!QUANT) {
         uint32_t to = smem_u32(dst);
 #pragma unroll 4
         for (int i = lane; i < ROWS * 32; i += n_lanes) {
@@ -112,22 +113,20 @@ __device__ __forceinline__ void load_kv(const attn_args &a, const int32_t *table
             cp16(to + swizzled(r, c), e, ok);
             cp16(to + ROWS * kRow + swizzled(r, c), ok ? e + (size_t)a.n_kv * kRow : a.kv, ok);
         }
-        return;
-    }
-    for (int i = lane; i < ROWS * 32; i += n_lanes) {
+    } else for (int i = lane; i < ROWS * 32; i += n_lanes) {
         int r = i >> 5, half = (i >> 4) & 1, l16 = i & 15, p = p0 + r;     /* half 0: key, 1: value */
         uint32_t v[8];
         if (p < end) {
             const char *e = entry_of(a, table, p);
             int vec = head + half * a.n_kv;
-            if (DT == ARLE_I4G) {
+            if (a.kv_dtype == ARLE_I4G) {
                 float f[16];
                 expand_i4(e, vec, 2 * a.n_kv, l16, f);
 #pragma unroll
                 for (int j = 0; j < 8; j++)
                     v[j] = pack2(f[2 * j], f[2 * j + 1]);
             } else {
-                expand16(e, vec, 2 * a.n_kv, l16, DT, v);
+                expand16(e, vec, 2 * a.n_kv, l16, a.kv_dtype, v);
             }
         } else {
 #pragma unroll
@@ -182,7 +181,7 @@ __device__ __forceinline__ void store_gated(const attn_args &a, int t, int h, in
 
 /* Block (z, key head, sequence). Each warp walks its own 16-position blocks with its own copy pipeline; no block-wide barrier
  * until the warps' results are joined. */
-template <uint32_t DT>
+template <bool QUANT>
 __global__ void __launch_bounds__(kDecWarps * 32) decode_kernel(const attn_args a)
 {
     extern __shared__ __align__(128) unsigned char attn_smem[];
@@ -210,7 +209,7 @@ __global__ void __launch_bounds__(kDecWarps * 32) decode_kernel(const attn_args 
 #pragma unroll
     for (int i = 0; i < kDecStages - 1; i++) {
         if (i < n)
-            load_kv<DT, kDecTok>(a, table, kvh, sp.lo + (sp.b0 + warp + i * kDecWarps) * kDecTok, sp.end, ring + i * kDecStage, lane, 32);
+            load_kv<QUANT, kDecTok>(a, table, kvh, sp.lo + (sp.b0 + warp + i * kDecWarps) * kDecTok, sp.end, ring + i * kDecStage, lane, 32);
         cp_commit();
     }
     __syncthreads();
@@ -223,7 +222,7 @@ __global__ void __launch_bounds__(kDecWarps * 32) decode_kernel(const attn_args 
     for (int i = 0; i < n; i++) {
         __syncwarp();
         if (i + kDecStages - 1 < n)
-            load_kv<DT, kDecTok>(a, table, kvh, sp.lo + (sp.b0 + warp + (i + kDecStages - 1) * kDecWarps) * kDecTok, sp.end,
+            load_kv<QUANT, kDecTok>(a, table, kvh, sp.lo + (sp.b0 + warp + (i + kDecStages - 1) * kDecWarps) * kDecTok, sp.end,
                                  ring + (i + kDecStages - 1) % kDecStages * kDecStage, lane, 32);
         cp_commit();
         cp_wait<kDecStages - 1>();
@@ -380,7 +379,7 @@ const int kPreRows = 128, kPreTok = 64, kPreStage = kPreTok * kRow * 2;
 const int kPreSmem = kPreRows * kRow + 2 * kPreStage;
 
 /* Block (query tile from the last, key head, sequence); warp w has rows 16 w .. 16 w + 15. Row r: token r / group, head r % group. */
-template <uint32_t DT>
+template <bool QUANT>
 __global__ void __launch_bounds__(256, 1) prefill_kernel(const attn_args a)
 {
     extern __shared__ __align__(128) unsigned char attn_smem[];
@@ -406,7 +405,7 @@ __global__ void __launch_bounds__(256, 1) prefill_kernel(const attn_args a)
         cp16(smem_u32(attn_smem) + swizzled(r, c), src, ok);
     }
     if (n > 0)
-        load_kv<DT, kPreTok>(a, table, kvh, lo, end, ring, threadIdx.x, 256);
+        load_kv<QUANT, kPreTok>(a, table, kvh, lo, end, ring, threadIdx.x, 256);
     cp_commit();
 
     float o[32][4], m[2] = { -INFINITY, -INFINITY }, l[2] = { 0.f, 0.f };
@@ -421,7 +420,7 @@ __global__ void __launch_bounds__(256, 1) prefill_kernel(const attn_args a)
         cp_wait<0>();
         __syncthreads();
         if (i + 1 < n)
-            load_kv<DT, kPreTok>(a, table, kvh, lo + (i + 1) * kPreTok, end, ring + ((i + 1) & 1) * kPreStage, threadIdx.x, 256);
+            load_kv<QUANT, kPreTok>(a, table, kvh, lo + (i + 1) * kPreTok, end, ring + ((i + 1) & 1) * kPreStage, threadIdx.x, 256);
         cp_commit();
         const int p0 = lo + i * kPreTok;
         if (p0 > warp_last)
@@ -527,7 +526,7 @@ __global__ void __launch_bounds__(256, 1) prefill_kernel(const attn_args a)
 
 /* ---- launch ---------------------------------------------------------------------------------------------------------- */
 
-template <uint32_t DT>
+template <bool QUANT>
 int run_decode(arle_device *dev, cudaStream_t st, attn_args a, int n_rows, int max_ctx)
 {
     /* Two blocks per multiprocessor fill the machine; in deterministic mode the cut depends on the position alone. */
@@ -551,7 +550,7 @@ int run_decode(arle_device *dev, cudaStream_t st, attn_args a, int n_rows, int m
         attn_args b = a;
         b.seq0 = a.seq0 + s;
         bump(dev, COUNT_ATTN_DECODE);
-        int r = launch(dev, st, decode_kernel<DT>, dim3(a.n_splits, a.n_kv, rows), dim3(kDecWarps * 32), kDecSmem, b);
+        int r = launch(dev, st, decode_kernel<QUANT>, dim3(a.n_splits, a.n_kv, rows), dim3(kDecWarps * 32), kDecSmem, b);
         if (r == 0 && a.n_splits > 1)
             r = launch(dev, st, combine_kernel, dim3(a.n_q, rows), dim3(64), 0, b);
         if (r < 0)
@@ -560,17 +559,17 @@ int run_decode(arle_device *dev, cudaStream_t st, attn_args a, int n_rows, int m
     return 0;
 }
 
-template <uint32_t DT>
+template <bool QUANT>
 int run(arle_device *dev, cudaStream_t st, attn_args a, const arle_batch *b)
 {
     int r = 0;
     if (b->n_decode > 0)
-        r = run_decode<DT>(dev, st, a, (int)b->n_decode, (int)b->max_ctx);
+        r = run_decode<QUANT>(dev, st, a, (int)b->n_decode, (int)b->max_ctx);
     if (r < 0 || b->n_seqs == b->n_decode)
         return r;
     a.seq0 = (int)b->n_decode;
     bump(dev, COUNT_ATTN_PREFILL);
-    return launch(dev, st, prefill_kernel<DT>, dim3((unsigned)ceil_div(b->max_new, kPreRows / a.group), a.n_kv, b->n_seqs - b->n_decode),
+    return launch(dev, st, prefill_kernel<QUANT>, dim3((unsigned)ceil_div(b->max_new, kPreRows / a.group), a.n_kv, b->n_seqs - b->n_decode),
                   dim3(256), kPreSmem, a);
 }
 
@@ -611,11 +610,10 @@ extern "C" int cuda_attn_paged(struct arle_device *dev, struct arle_stream *st, 
     p.table_stride = (int)b->table_stride;
     p.scale_log2 = a->scale * 1.4426950408889634f;
     p.work = (float *)dev->attn_work;
+    p.kv_dtype = a->kv.dtype;
     switch (a->kv.dtype) {
-    case ARLE_BF16: return run<ARLE_BF16>(dev, cs(st), p, b);
-    case ARLE_I8: return run<ARLE_I8>(dev, cs(st), p, b);
-    case ARLE_F8E4M3: return run<ARLE_F8E4M3>(dev, cs(st), p, b);
-    case ARLE_I4G: return run<ARLE_I4G>(dev, cs(st), p, b);
+    case ARLE_BF16: return run<false>(dev, cs(st), p, b);
+    case ARLE_I8: case ARLE_F8E4M3: case ARLE_I4G: return run<true>(dev, cs(st), p, b);
     default: return -EINVAL;
     }
 }

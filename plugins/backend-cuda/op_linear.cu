@@ -100,17 +100,16 @@ int plan_get(arle_device *dev, const lt_plan *want, lt_plan **out)
     return 0;
 }
 
-template <int OUT>
-int stream_rows(arle_device *dev, cudaStream_t st, gemm_args a)
+int stream_rows(arle_device *dev, cudaStream_t st, gemm_args a, int out)
 {
     int rows = a.rows;
-    size_t item = OUT == GEMM_F32 || OUT == GEMM_F32_ADD ? 4 : 2;
+    size_t item = out == GEMM_F32 || out == GEMM_F32_ADD ? 4 : 2;
     for (int t = 0; t < rows; t += kStreamRows) {
         gemm_args b = a;
         b.rows = rows - t < kStreamRows ? rows - t : kStreamRows;
         b.x = a.x + t * a.ld_x;
         b.y = (char *)a.y + t * a.ld_y * item;
-        int r = gemm_stream<OUT, false>(dev, st, b, b.rows);
+        int r = gemm_stream<false>(dev, st, b, out, b.rows);
         if (r < 0)
             return r;
     }
@@ -131,9 +130,7 @@ int matmul(arle_device *dev, cudaStream_t st, const arle_weight *w, const bf16 *
     a.n = a.n_out = (int)w->n;
     a.k = (int)w->k;
     a.rows = (int)rows;
-    if (f32_out)
-        return accumulate ? stream_rows<GEMM_F32_ADD>(dev, st, a) : stream_rows<GEMM_F32>(dev, st, a);
-    return accumulate ? stream_rows<GEMM_BF16_ADD>(dev, st, a) : stream_rows<GEMM_BF16>(dev, st, a);
+    return stream_rows(dev, st, a, f32_out ? (accumulate ? GEMM_F32_ADD : GEMM_F32) : (accumulate ? GEMM_BF16_ADD : GEMM_BF16));
 }
 
 bool aligned_rows(const void *p, int64_t ld) { return ((uintptr_t)p & 15) == 0 && ld % 8 == 0; }
@@ -263,5 +260,5 @@ extern "C" int cuda_gate_up(struct arle_device *dev, struct arle_stream *st, con
     g.k = (int)w->k;
     g.rows = (int)a->n_tokens;
     g.limit = a->limit;
-    return stream_rows<GEMM_SILU>(dev, cs(st), g);
+    return stream_rows(dev, cs(st), g, GEMM_SILU);
 }

@@ -342,7 +342,7 @@ int run_routed(arle_device *dev, cudaStream_t st, const arle_moe_experts_args *a
         g.pair = s->pair;
         g.scale = a->weights;
     }
-    r = gemm_stream<GEMM_SILU, true>(dev, st, g, tokens);
+    r = gemm_stream<true>(dev, st, g, GEMM_SILU, tokens);
     if (r < 0)
         return r;
     gemm_args d = {};
@@ -359,7 +359,7 @@ int run_routed(arle_device *dev, cudaStream_t st, const arle_moe_experts_args *a
     d.start = s->start;
     d.tiles = s->tiles_down;
     d.dst = s->pair;
-    return f32 ? gemm_stream<GEMM_F32, true>(dev, st, d, tokens) : gemm_stream<GEMM_BF16, true>(dev, st, d, tokens);
+    return gemm_stream<true>(dev, st, d, f32 ? GEMM_F32 : GEMM_BF16, tokens);
 }
 
 } // namespace
