@@ -56,11 +56,11 @@ static void run_remove(struct engine *e, struct seq *sq)
     memmove(&e->run[i], &e->run[i + 1], (e->n_run - i) * sizeof e->run[0]);
 }
 
-/* Higher rank first: smaller priority, then earlier arrival. The last one is the first to be moved away. */
+/* Higher rank first: smaller priority (aged when it was admitted), then earlier arrival. The last one is the first to be moved away. */
 static bool outranks(const struct seq *a, const struct seq *b)
 {
-    if (a->rq->priority != b->rq->priority)
-        return a->rq->priority < b->rq->priority;
+    if (a->prio != b->prio)
+        return a->prio < b->prio;
     if (a->rq->id != b->rq->id)
         return a->rq->id < b->rq->id;
     return a->index < b->index;
@@ -183,7 +183,6 @@ static void preempt(struct engine *e, struct seq *sq)
         sq->kv = NULL;
         sq->state = SEQ_WAITING;
     }
-    sq->since_us = engine_now(e);
     queue_add(e, sq);
     e->st.preempted++;
 }
@@ -272,6 +271,7 @@ static int seat(struct engine *e, struct seq *sq, int64_t now)
     queue_remove(e, sq);
     e->st.resumed += sq->state == SEQ_PARKED;
     sq->state = SEQ_RUNNING;
+    sq->prio = queue_aged(e, sq, now);      /* who came in by age is not sent back by the next important one */
     run_insert(e, sq);
     return take_history(e, sq);
 }
@@ -279,7 +279,7 @@ static int seat(struct engine *e, struct seq *sq, int64_t now)
 /* Somebody of lower priority makes room. */
 static bool make_room(struct engine *e, const struct seq *sq)
 {
-    if (e->n_run == 0 || e->run[e->n_run - 1]->rq->priority <= sq->rq->priority)
+    if (e->n_run == 0 || e->run[e->n_run - 1]->prio <= sq->rq->priority)
         return false;
     preempt(e, e->run[e->n_run - 1]);
     return !atomic_load_explicit(&e->is_dead, memory_order_relaxed);
@@ -294,7 +294,7 @@ void admit(struct engine *e)
     struct seq *sq;
     while ((sq = queue_best(e, now)) != NULL) {
         /* After pages ran out, those who run keep what becomes free; else the newcomer would be the next one to be moved away. */
-        if (e->hold && e->n_run > 0 && e->run[e->n_run - 1]->rq->priority <= sq->rq->priority)
+        if (e->hold && e->n_run > 0 && e->run[e->n_run - 1]->prio <= sq->rq->priority)
             break;
         int r = seat(e, sq, now);
         if (r == -EINPROGRESS) {

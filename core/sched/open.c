@@ -202,6 +202,7 @@ static int load_model(struct engine *e, const char *config_json, size_t config_l
     if (e->desc.n_valid == 0 || e->desc.n_valid > e->desc.vocab || e->context == 0)
         return arle_err_set(err, -EINVAL, "the model describes itself wrongly: %u ids of %u, context %u", e->desc.n_valid,
                             e->desc.vocab, e->context);
+    e->desc.has_drafter = e->desc.has_drafter && e->cfg.drafts;
     return e->cfg.random_weights ? 0 : weights_unclaimed(e->weights, err);
 }
 
@@ -418,6 +419,7 @@ static int open_parts(struct engine *e, void *backend_ctx, uint32_t device_index
     }
     if (r == 0)
         r = choose_pages(e, &e->n_pages, err);
+    e->desc.context = e->context;       /* what callers see is what they can use */
     if (r == 0)
         r = init_buffers(e, err);
     if (r == 0)

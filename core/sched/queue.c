@@ -119,14 +119,14 @@ static bool waits_for_sibling(const struct engine *e, const struct seq *sq)
     return e->cfg.prefix_cache && sq->index > 0 && !sq->opened && first->state != SEQ_DONE && first->n_computed < first->n_prompt;
 }
 
-static int64_t aged(const struct engine *e, const struct seq *sq, int64_t now)
+int64_t queue_aged(const struct engine *e, const struct seq *sq, int64_t now)
 {
     return (int64_t)sq->rq->priority - (now - sq->since_us) / (e->cfg.aging_ms * 1000);
 }
 
 static bool before(const struct engine *e, const struct seq *a, const struct seq *b, int64_t now)
 {
-    int64_t pa = aged(e, a, now), pb = aged(e, b, now);
+    int64_t pa = queue_aged(e, a, now), pb = queue_aged(e, b, now);
     if (pa != pb)
         return pa < pb;
     if (a->rq->tenant != b->rq->tenant && a->rq->tenant->service != b->rq->tenant->service)

@@ -43,7 +43,8 @@ struct seq {
     int32_t hist;                   /* place in the device history buffers, -1 none */
     struct kv_seq *kv;
     uint64_t seed;
-    int64_t since_us;               /* waiting since */
+    int64_t since_us;               /* submitted; its age counts from here, also after it lost its place */
+    int64_t prio;                   /* aged priority when it was admitted */
     int64_t last_token_us;
 };
 
@@ -193,6 +194,7 @@ void queue_wake(struct engine *e);                      /* any thread */
 bool queue_intake(struct engine *e);                    /* mail, cancels, stops, deadlines; true when anything came */
 void queue_add(struct engine *e, struct seq *sq);
 void queue_remove(struct engine *e, struct seq *sq);
+int64_t queue_aged(const struct engine *e, const struct seq *sq, int64_t now);
 struct seq *queue_best(struct engine *e, int64_t now);
 void queue_charge(struct engine *e, struct seq *sq, uint32_t tokens);
 void queue_leave_tenant(struct engine *e, struct seq *sq);      /* once per answer, when it ended */
