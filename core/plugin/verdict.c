@@ -34,11 +34,15 @@ static void put_f64(struct packet *pk, double v)
     put(pk, &v, sizeof v);
 }
 
+static void put_text(struct packet *pk, const char *s, size_t n)
+{
+    put_u64(pk, n);
+    put(pk, s, n);
+}
+
 static void put_str(struct packet *pk, const char *s)
 {
-    size_t n = s != NULL ? strnlen(s, STRING_MAX_BYTES) : 0;
-    put_u64(pk, n);
-    put(pk, s != NULL ? s : "", n);
+    put_text(pk, s != NULL ? s : "", s != NULL ? strnlen(s, STRING_MAX_BYTES) : 0);
 }
 
 static void get(struct packet *pk, void *out, size_t n)
@@ -137,7 +141,7 @@ void verdict_pack(struct packet *pk, const struct arle_plugin *d, const struct a
     put_str(pk, d->version);
     put_str(pk, d->license);
     put_str(pk, d->summary);
-    put_str(pk, probe->detail);
+    put_text(pk, probe->detail, strnlen(probe->detail, sizeof probe->detail));
     pack_keys(pk, d->keys);
 }
 

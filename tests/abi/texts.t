@@ -13,7 +13,7 @@ arle=$bld/arle
 sed -n '/<!-- keys -->/,/<!-- \/keys -->/p' "$src/docs/configuration.md" | sed '1d;$d' >"$tmp/doc"
 "$arle" help markdown >"$tmp/program"
 diff -u "$tmp/doc" "$tmp/program" >"$tmp/diff"
-ok $? "docs/configuration.md has the tables that arle help markdown prints"
+ok $? "docs/configuration.md has the tables that arle help markdown prints (make update-docs writes them)"
 sed 's/^/# /' "$tmp/diff" | head -n 20
 
 "$arle" help keys >"$tmp/keys"
