@@ -1,6 +1,6 @@
 /*
- * Makes small tokenizer.json texts for the tokenizer's tests: the 256 byte symbols (ids 0..255), then the products of the
- * merges in order, then added tokens.
+ * Makes small tokenizer.json texts for the tokenizer's tests: the 256 byte symbols (ids 0..255), then the products of
+ * the merges in order, then added tokens.
  */
 #ifndef ARLE_TESTS_TOK_MAKE_H
 #define ARLE_TESTS_TOK_MAKE_H
@@ -57,7 +57,8 @@ static inline void doc_bytes(struct doc *d, const char *bytes, size_t n)
 #define DOC_SPLIT_LM "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?[\\\\p{L}\\\\p{M}]+|\\\\p{N}" \
     "| ?[^\\\\s\\\\p{L}\\\\p{M}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+"
 #define DOC_BYTES "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"use_regex\":false}"
-#define DOC_PRE_LM "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"" DOC_SPLIT_LM \
+#define DOC_PRE_LM \
+    "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"" DOC_SPLIT_LM \
     "\"},\"behavior\":\"Isolated\",\"invert\":false}," DOC_BYTES "]}"
 
 struct doc_opts {
@@ -73,9 +74,11 @@ static inline char *doc_make(const struct doc_opts *o)
     static const char *const none[] = { NULL };
     const char *const *m = o->merges ? o->merges : none;
     struct doc d = { 0 };
-    doc_add(&d, "{\"version\":\"1.0\",\"added_tokens\":[%s],\"normalizer\":%s,\"pre_tokenizer\":%s,\"post_processor\":%s,"
-            "\"decoder\":%s,\"model\":{\"type\":\"BPE\",%s\"vocab\":{", o->added ? o->added : "",
-            o->normalizer ? o->normalizer : "{\"type\":\"NFC\"}", o->pre ? o->pre : DOC_PRE_LM, o->post ? o->post : "null",
+    doc_add(&d,
+            "{\"version\":\"1.0\",\"added_tokens\":[%s],\"normalizer\":%s,\"pre_tokenizer\":%s,\"post_processor\":%s,"
+            "\"decoder\":%s,\"model\":{\"type\":\"BPE\",%s\"vocab\":{",
+            o->added ? o->added : "", o->normalizer ? o->normalizer : "{\"type\":\"NFC\"}",
+            o->pre ? o->pre : DOC_PRE_LM, o->post ? o->post : "null",
             o->decoder ? o->decoder : "{\"type\":\"ByteLevel\"}", o->model ? o->model : "");
     for (unsigned b = 0; b < 256; b++)
         doc_add(&d, "%s\"\\u%04x\":%u", b ? "," : "", doc_symbol(b), b);

@@ -1,6 +1,6 @@
 /*
- * Streaming detokeniser: ids in, whole UTF-8 characters out. One per sequence; the concatenation of everything pushed and
- * flushed equals tokenizer_decode(..., TOK_LOSSY_UTF8) of the same ids, whatever the split.
+ * Streaming detokeniser: ids in, whole UTF-8 characters out. One per sequence; the concatenation of everything pushed
+ * and flushed equals tokenizer_decode(..., TOK_LOSSY_UTF8) of the same ids, whatever the split.
  */
 #ifndef ARLE_CHAT_DETOK_H
 #define ARLE_CHAT_DETOK_H

@@ -1,6 +1,7 @@
 /*
- * Stop strings by the automaton of Aho and Corasick (CACM 18(6), 1975): a trie of the stops with failure links. The depth of
- * the current node is exactly the longest suffix of the stream that could still become a stop, so that is what is held back.
+ * Stop strings by the automaton of Aho and Corasick (CACM 18(6), 1975): a trie of the stops with failure links. The
+ * depth of the current node is exactly the longest suffix of the stream that could still become a stop, so that is what
+ * is held back.
  */
 #include <stdbool.h>
 #include <stdint.h>

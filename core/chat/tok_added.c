@@ -41,7 +41,8 @@ static inline int byte_at(const struct tok_tables *t, const struct tok_added *a,
 }
 
 /* First of [lo, hi), which agree on all bytes before `at`, whose byte there is >= want. */
-static uint32_t narrow(const struct tok_tables *t, const struct tok_literals *set, uint32_t lo, uint32_t hi, size_t at, int want)
+static uint32_t narrow(const struct tok_tables *t, const struct tok_literals *set, uint32_t lo, uint32_t hi, size_t at,
+                       int want)
 {
     while (lo < hi) {
         uint32_t mid = lo + (hi - lo) / 2;

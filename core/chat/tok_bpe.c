@@ -1,8 +1,8 @@
 /*
- * Byte-pair merging of one piece: merge the pair of lowest rank, leftmost among equals, until none is left. Almost every
- * piece of real text is found in the piece cache; the rest are short (a scan over an array) or long (a tournament tree over
- * the ranks, so that a megabyte of one letter costs n log n).
- * Source: Sennrich et al. 2016, arXiv:1508.07909, section 3.2; the byte alphabet is that of GPT-2.
+ * Byte-pair merging of one piece: merge the pair of lowest rank, leftmost among equals, until none is left. Almost
+ * every piece of real text is found in the piece cache; the rest are short (a scan over an array) or long (a tournament
+ * tree over the ranks, so that a megabyte of one letter costs n log n). Source: Sennrich et al. 2016, arXiv:1508.07909,
+ * section 3.2; the byte alphabet is that of GPT-2.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -263,7 +263,7 @@ int tok_bpe_piece(struct tok_run *run, const uint8_t *p, size_t n)
         return arle_err_set(run->err, -ENOMEM, "no memory for token ids");
     if (((e->len_n & 0xFF) ^ n) | (e->key[0] ^ key[0]) | (e->key[1] ^ key[1]) | (e->key[2] ^ key[2]))
         return piece_miss(run, p, n, e, key);
-    memcpy(out->ids + out->n, e->ids, sizeof e->ids);   /* all nine: cheaper than a loop that the processor must guess */
+    memcpy(out->ids + out->n, e->ids, sizeof e->ids); /* all nine: cheaper than a loop that the processor must guess */
     out->n += e->len_n >> 8;
     return 0;
 }

@@ -1,7 +1,7 @@
 /*
- * The cache of parsed tokenizers: one file per tokenizer.json (with its tokenizer_config.json), named by the hash of their
- * contents. Nothing depends on it; whatever looks wrong is treated as absent. A file is trusted only if it and its folder
- * belong to this user and nobody else may write them, since whoever writes it decides what text becomes.
+ * The cache of parsed tokenizers: one file per tokenizer.json (with its tokenizer_config.json), named by the hash of
+ * their contents. Nothing depends on it; whatever looks wrong is treated as absent. A file is trusted only if it and
+ * its folder belong to this user and nobody else may write them, since whoever writes it decides what text becomes.
  */
 #include <fcntl.h>
 #include <stdlib.h>
@@ -11,7 +11,10 @@
 
 #include "chat/tok_int.h"
 
-/* File: this head, then the image. Bump the version with any change of meaning in the tables or the matchers' numbering. */
+/*
+ * File: this head, then the image. Bump the version with any change of meaning in the tables or the matchers'
+ * numbering.
+ */
 struct cache_head {
     char magic[8];
     uint32_t version, reserved;

@@ -1,6 +1,6 @@
 /*
- * The parsed tokenizer as one block of memory: built once from the loader's parts, then used in place. The same block is
- * what the cache keeps on disk, so everything in it is an offset, and adopting one checks all of them.
+ * The parsed tokenizer as one block of memory: built once from the loader's parts, then used in place. The same block
+ * is what the cache keeps on disk, so everything in it is an offset, and adopting one checks all of them.
  */
 #include <stdlib.h>
 #include <string.h>

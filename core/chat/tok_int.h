@@ -1,6 +1,6 @@
 /*
- * Inside of the tokenizer, shared by the tok_*.c files only: the constant tables, the scratch of one call, and the steps
- * from text to ids (split out added tokens, normalise, pre-tokenise, merge).
+ * Inside of the tokenizer, shared by the tok_*.c files only: the constant tables, the scratch of one call, and the
+ * steps from text to ids (split out added tokens, normalise, pre-tokenise, merge).
  */
 #ifndef ARLE_CHAT_TOK_INT_H
 #define ARLE_CHAT_TOK_INT_H
@@ -70,8 +70,8 @@ struct tok_stage {
 };
 
 /*
- * Everything constant. The arrays lie in one block (`image`), which is also the cache file's body: tok_image.c writes and
- * checks it, so that a cached open does no parsing.
+ * Everything constant. The arrays lie in one block (`image`), which is also the cache file's body: tok_image.c writes
+ * and checks it, so that a cached open does no parsing.
  */
 struct tok_tables {
     uint32_t n_ids;                     /* largest id + 1 */
@@ -129,6 +129,9 @@ struct tok_scratch {
     struct tok_buf work;                /* code points while normalising, nodes while merging a long piece */
     void *match[TOK_MAX_STAGES];        /* pcre2_match_data of the stages */
 };
+
+/** Frees one; NULL is fine. */
+void tok_scratch_free(struct tok_scratch *s);
 
 struct tokenizer {
     struct tok_tables t;

@@ -1,6 +1,6 @@
 /*
- * tokenizer.json and tokenizer_config.json -> tables. Everything that would change an id is either done or refused by the
- * name of its field; fields that cannot change an id (truncation and padding defaults, offsets) are ignored.
+ * tokenizer.json and tokenizer_config.json -> tables. Everything that would change an id is either done or refused by
+ * the name of its field; fields that cannot change an id (truncation and padding defaults, offsets) are ignored.
  */
 #include <json-c/json.h>
 #include <limits.h>
@@ -179,8 +179,9 @@ static int load_vocab(struct loader *ld)
     tok_buf_fini(&tmp);
     for (int b = 0; b < 256 && r == 0; b++)
         if (ps->byte_id[b] == TOK_NONE)
-            r = arle_err_param(ld->err, -ENOTSUP, "model.vocab",
-                               "tokenizer.json: model.vocab has no entry for byte 0x%02X; only byte-level vocabularies work", b);
+            r = arle_err_param(
+                ld->err, -ENOTSUP, "model.vocab",
+                "tokenizer.json: model.vocab has no entry for byte 0x%02X; only byte-level vocabularies work", b);
     return r;
 }
 
@@ -194,7 +195,8 @@ static bool vocab_id(struct loader *ld, const char *key, uint32_t *out_id)
 }
 
 /* The two halves of a merge: "a b" or ["a", "b"]. `joined` receives a, NUL, b, NUL. */
-static int merge_halves(struct loader *ld, struct json_object *v, struct tok_buf *joined, const char **a, const char **b)
+static int merge_halves(struct loader *ld, struct json_object *v, struct tok_buf *joined, const char **a,
+                        const char **b)
 {
     const char *left, *right;
     size_t n_left, n_right;
@@ -226,7 +228,8 @@ static int merge_halves(struct loader *ld, struct json_object *v, struct tok_buf
     return 0;
 }
 
-static int load_merge(struct loader *ld, struct json_object *v, uint32_t rank, struct tok_buf *tmp, struct tok_merge *out)
+static int load_merge(struct loader *ld, struct json_object *v, uint32_t rank, struct tok_buf *tmp,
+                      struct tok_merge *out)
 {
     const char *a = NULL, *b = NULL;
     int r = merge_halves(ld, v, tmp, &a, &b);
@@ -241,8 +244,10 @@ static int load_merge(struct loader *ld, struct json_object *v, uint32_t rank, s
             missing = a;
     }
     if (missing != NULL)
-        return arle_err_param(ld->err, -EINVAL, "model.merges", "tokenizer.json: model.merges[%u] needs \"%.40s\", which "
-                              "model.vocab lacks", rank, missing);
+        return arle_err_param(ld->err, -EINVAL, "model.merges",
+                              "tokenizer.json: model.merges[%u] needs \"%.40s\", which "
+                              "model.vocab lacks",
+                              rank, missing);
     return 0;
 }
 
@@ -389,8 +394,10 @@ static int place_added(struct loader *ld)
         bool known = vocab_id(ld, a->text, &in_vocab);
         bool taken = ps->kind[a->id] != TOK_KIND_HOLE && !(known && in_vocab == a->id);
         if (taken || (known && in_vocab != a->id))
-            return arle_err_param(ld->err, -EINVAL, "added_tokens", "tokenizer.json: added token \"%.40s\" has id %u, which "
-                                  "clashes with another token", a->text, a->id);
+            return arle_err_param(ld->err, -EINVAL, "added_tokens",
+                                  "tokenizer.json: added token \"%.40s\" has id %u, which "
+                                  "clashes with another token",
+                                  a->text, a->id);
         int r = put_token(ld, a->id, (const uint8_t *)a->text, a->len, a->special ? TOK_KIND_SPECIAL : TOK_KIND_ADDED);
         if (r < 0)
             return r;

@@ -2,9 +2,9 @@
  * Pre-tokenisation: text is cut into pieces, and merges never cross a cut. The patterns that published models use are
  * matched by hand, in one pass without backtracking; any other goes through PCRE2.
  *
- * A pattern is a list of alternatives, the first that matches wins. The comments beside the code give the alternative it
- * stands for; a piece that no alternative matches reaches to the next match. Stages run one inside the other: each sees
- * the pieces of the one before as whole strings, so that the end of a piece is the end of text to a look-ahead.
+ * A pattern is a list of alternatives, the first that matches wins. The comments beside the code give the alternative
+ * it stands for; a piece that no alternative matches reaches to the next match. Stages run one inside the other: each
+ * sees the pieces of the one before as whole strings, so that the end of a piece is the end of text to a look-ahead.
  */
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
@@ -78,7 +78,8 @@ INLINE const uint8_t *ascii_letters(const uint8_t *p, const uint8_t *end)
         __m128i v = _mm_or_si128(_mm_loadu_si128((const __m128i *)(const void *)p), _mm_set1_epi8(0x20));
         /* Shifted so that 'a'..'z' are the 26 smallest signed bytes. */
         __m128i w = _mm_add_epi8(v, _mm_set1_epi8((char)(0x80 - 'a')));
-        unsigned not_letter = (unsigned)_mm_movemask_epi8(_mm_cmplt_epi8(w, _mm_set1_epi8((char)(-128 + 26)))) ^ 0xFFFFu;
+        unsigned not_letter =
+            (unsigned)_mm_movemask_epi8(_mm_cmplt_epi8(w, _mm_set1_epi8((char)(-128 + 26)))) ^ 0xFFFFu;
         if (not_letter != 0)
             return p + __builtin_ctz(not_letter);
         p += 16;
@@ -310,7 +311,10 @@ static const uint8_t *next_cjk(const uint8_t *p, const uint8_t *end)
     return p;
 }
 
-/* [ASCII punctuation][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s..: end of the match at p or NULL. */
+/*
+ * [ASCII punctuation][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s..: end of the match at p
+ * or NULL.
+ */
 INLINE const uint8_t *match_ps(const uint8_t *p, const uint8_t *end)
 {
     unsigned len, c = *p, k = prop_at(p, &len);
@@ -460,11 +464,13 @@ int tok_stages_compile(struct tok_tables *t, struct arle_err *err)
         if (st->code == NULL) {
             char why[128];
             pcre2_get_error_message(code, (PCRE2_UCHAR *)why, sizeof why);
-            return arle_err_param(err, -ENOTSUP, "pre_tokenizer.pattern", "pre_tokenizer pattern, offset %zu: %s", at, why);
+            return arle_err_param(err, -ENOTSUP, "pre_tokenizer.pattern", "pre_tokenizer pattern, offset %zu: %s", at,
+                                  why);
         }
         uint32_t empty = 0;
         if (pcre2_pattern_info(st->code, PCRE2_INFO_MATCHEMPTY, &empty) != 0 || empty)
-            return arle_err_param(err, -ENOTSUP, "pre_tokenizer.pattern", "pre_tokenizer pattern can match nothing at all");
+            return arle_err_param(err, -ENOTSUP, "pre_tokenizer.pattern",
+                                  "pre_tokenizer pattern can match nothing at all");
         pcre2_jit_compile(st->code, PCRE2_JIT_COMPLETE);    /* without JIT the interpreter does the same */
     }
     return 0;

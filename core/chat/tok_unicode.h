@@ -1,7 +1,8 @@
 /*
- * What the tokenizer needs of Unicode: a class per code point, canonical decomposition and composition, and UTF-8 decoding
- * of text known to be valid. The tables follow the reference library, not the newest Unicode; see tok_unicode_gen.py.
- * Why not the distribution's utf8proc: it knows combining classes that the reference does not, and ids would change with it.
+ * What the tokenizer needs of Unicode: a class per code point, canonical decomposition and composition, and UTF-8
+ * decoding of text known to be valid. The tables follow the reference library, not the newest Unicode; see
+ * tok_unicode_gen.py. Why not the distribution's utf8proc: it knows combining classes that the reference does not, and
+ * ids would change with it.
  */
 #ifndef ARLE_CHAT_TOK_UNICODE_H
 #define ARLE_CHAT_TOK_UNICODE_H
@@ -86,8 +87,8 @@ static inline unsigned tok_utf8_put(uint8_t *p, uint32_t cp)
 }
 
 /**
- * Length of the UTF-8 character at p, or 0 if the bytes are no character. When it is 0, *part is the length (>= 1) of the
- * maximal broken part, and *cut tells that the text ends inside what may still become a character.
+ * Length of the UTF-8 character at p, or 0 if the bytes are no character. When it is 0, *part is the length (>= 1) of
+ * the maximal broken part, and *cut tells that the text ends inside what may still become a character.
  */
 unsigned tok_utf8_check(const uint8_t *p, const uint8_t *end, unsigned *part, int *cut);
 

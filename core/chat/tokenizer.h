@@ -1,8 +1,8 @@
 /*
  * Text <-> token ids, exactly as the reference library does it for the tokenizer.json of a model.
  *
- * What is read: tokenizer.json (byte-level BPE) and, when present, `added_tokens_decoder` of tokenizer_config.json. What
- * is not supported is refused by name at open, never approximated. http and chat call this; nothing below does.
+ * What is read: tokenizer.json (byte-level BPE) and, when present, `added_tokens_decoder` of tokenizer_config.json.
+ * What is not supported is refused by name at open, never approximated. http and chat call this; nothing below does.
  * One open tokenizer serves any number of threads at once: it is constant after open, apart from a pool of scratch
  * buffers behind a mutex, which a call takes and returns once.
  */
@@ -40,7 +40,7 @@ enum tok_flags {
 
 struct tokenizer_opts {
     const char *model_dir;  /* folder with tokenizer.json, and perhaps tokenizer_config.json */
-    const char *cache_dir;  /* where the parsed form is kept, whatever the size; NULL: the default place; "": keep none */
+    const char *cache_dir;  /* where the parsed form is kept, of any size; NULL: the default place; "": keep none */
 };
 
 /**
@@ -73,21 +73,23 @@ void tokenizer_close(struct tokenizer *tok);
  * Appends the ids of `text` to `out`.
  *
  * text   [len] bytes of UTF-8; NUL bytes are text like any other
- * flags  0 or TOK_ALLOW_SPECIAL. Without it "<|im_end|>" is ordinary text and yields ordinary ids. With it every literal
- *        of an added token yields that token, as the reference library does by default.
+ * flags  0 or TOK_ALLOW_SPECIAL. Without it "<|im_end|>" is ordinary text and yields ordinary ids. With it every
+ *        literal of an added token yields that token, as the reference library does by default.
  * Encoding never adds tokens of its own (no BOS).
  *
- * Returns 0; -EILSEQ if text is not valid UTF-8 (surrogates and overlong forms included; err->msg gives the byte offset);
- * -E2BIG if an unusual pre-tokeniser pattern ran out of its match limit; -ENOMEM. `out` is unchanged on failure.
- * Time is linear in len for known patterns (n log n inside one piece, a run of letters say). Thread: any, concurrently.
+ * Returns 0; -EILSEQ if text is not valid UTF-8 (surrogates and overlong forms included; err->msg gives the byte
+ * offset); -E2BIG if an unusual pre-tokeniser pattern ran out of its match limit; -ENOMEM. `out` is unchanged on
+ * failure. Time is linear in len for known patterns (n log n inside one piece, a run of letters say). Thread: any,
+ * concurrently.
  */
 int tokenizer_encode(const struct tokenizer *tok, const char *text, size_t len, unsigned flags, struct tok_ids *out,
                      struct arle_err *err);
 
 /**
- * As tokenizer_encode, but added tokens are matched only inside the given byte ranges (a literal must lie wholly in one).
- * Everything between two matched tokens is still encoded as one string: a range border alone changes nothing. Chat
- * rendering uses this so that a literal inside a user's text cannot become a control token while the template's own can.
+ * As tokenizer_encode, but added tokens are matched only inside the given byte ranges (a literal must lie wholly in
+ * one). Everything between two matched tokens is still encoded as one string: a range border alone changes nothing.
+ * Chat rendering uses this so that a literal inside a user's text cannot become a control token while the template's
+ * own can.
  *
  * allowed  [n_allowed] ascending, not overlapping, within [0, len]; ranges that touch are separate; may be NULL if 0
  *
@@ -108,7 +110,7 @@ int tokenizer_encode_ranges(const struct tokenizer *tok, const char *text, size_
 int tokenizer_decode(const struct tokenizer *tok, const int32_t *ids, size_t n_ids, unsigned flags, char **out_text,
                      size_t *out_len, struct arle_err *err);
 
-/** The bytes of one token: *out_bytes lives as long as the tokenizer, not NUL-terminated. -ENOENT if id names no token. */
+/** The bytes of one token; they live as long as the tokenizer and have no NUL. -ENOENT if id names no token. */
 int tokenizer_token_bytes(const struct tokenizer *tok, int32_t id, const char **out_bytes, size_t *out_len);
 
 /** Id of the added token whose literal is exactly `text` ("<think>", "<|im_end|>"), or -1. */

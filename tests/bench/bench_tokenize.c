@@ -2,8 +2,9 @@
  * Speed of encoding, one thread, as JSON lines: English-like text, and a few kinds that take the slower paths.
  * Usage: bench_tokenize MODEL_DIR [TEXT_FILE]. With a file, only its text is measured.
  *
- * The English text is made from the 1,000 words below by a fixed generator with the word frequencies of real prose (Zipf),
- * capitals, contractions, numbers and punctuation, plus rare made-up words, so that the piece cache sees misses as in prose.
+ * The English text is made from the common words below by a fixed generator with word frequencies like those of prose
+ * (Zipf), capitals, contractions, numbers and punctuation, plus rare made-up words, so that the piece cache sees misses
+ * as in prose.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,17 +14,27 @@
 #include "chat/tokenizer.h"
 
 static const char *const common[] = {
-    "the", "of", "and", "to", "a", "in", "that", "is", "was", "he", "for", "it", "with", "as", "his", "on", "be", "at", "by", "I",
-    "this", "had", "not", "are", "but", "from", "or", "have", "an", "they", "which", "one", "you", "were", "her", "all", "she",
-    "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "more", "no", "if", "out", "so", "said", "what",
-    "up", "its", "about", "into", "than", "them", "can", "only", "other", "new", "some", "could", "time", "these", "two", "may",
-    "then", "do", "first", "any", "my", "now", "such", "like", "our", "over", "man", "me", "even", "most", "made", "after", "also",
-    "did", "many", "before", "must", "through", "back", "years", "where", "much", "your", "way", "well", "down", "should",
-    "because", "each", "just", "those", "people", "how", "too", "little", "state", "good", "very", "make", "world", "still", "own",
-    "see", "men", "work", "long", "get", "here", "between", "both", "life", "being", "under", "never", "day", "same", "another",
-    "know", "while", "last", "might", "us", "great", "old", "year", "off", "come", "since", "against", "go", "came", "right",
-    "used", "take", "three", "question", "government", "important", "children", "development", "information", "something",
-    "understand", "difference", "experience", "everything", "particular", "themselves", "possible", "language", "computer",
+    "the",        "of",          "and",         "to",        "a",          "in",         "that",       "is",
+    "was",        "he",          "for",         "it",        "with",       "as",         "his",        "on",
+    "be",         "at",          "by",          "I",         "this",       "had",        "not",        "are",
+    "but",        "from",        "or",          "have",      "an",         "they",       "which",      "one",
+    "you",        "were",        "her",         "all",       "she",        "there",      "would",      "their",
+    "we",         "him",         "been",        "has",       "when",       "who",        "will",       "more",
+    "no",         "if",          "out",         "so",        "said",       "what",       "up",         "its",
+    "about",      "into",        "than",        "them",      "can",        "only",       "other",      "new",
+    "some",       "could",       "time",        "these",     "two",        "may",        "then",       "do",
+    "first",      "any",         "my",          "now",       "such",       "like",       "our",        "over",
+    "man",        "me",          "even",        "most",      "made",       "after",      "also",       "did",
+    "many",       "before",      "must",        "through",   "back",       "years",      "where",      "much",
+    "your",       "way",         "well",        "down",      "should",     "because",    "each",       "just",
+    "those",      "people",      "how",         "too",       "little",     "state",      "good",       "very",
+    "make",       "world",       "still",       "own",       "see",        "men",        "work",       "long",
+    "get",        "here",        "between",     "both",      "life",       "being",      "under",      "never",
+    "day",        "same",        "another",     "know",      "while",      "last",       "might",      "us",
+    "great",      "old",         "year",        "off",       "come",       "since",      "against",    "go",
+    "came",       "right",       "used",        "take",      "three",      "question",   "government", "important",
+    "children",   "development", "information", "something", "understand", "difference", "experience", "everything",
+    "particular", "themselves",  "possible",    "language",  "computer",
 };
 #define N_COMMON (sizeof common / sizeof common[0])
 
@@ -46,8 +57,9 @@ static double now(void)
 /* A rare word from syllables: tens of thousands of different ones, so most are new to the cache. */
 static size_t rare_word(char *p)
 {
-    static const char *const syl[] = { "ba", "con", "der", "est", "fi", "gra", "hol", "in", "ju", "ker", "lo", "men", "no", "or",
-                                       "pre", "qui", "ran", "ser", "tion", "un", "ver", "wil", "ex", "yond", "zen", "ly" };
+    static const char *const syl[] = { "ba",   "con", "der", "est", "fi", "gra",  "hol", "in",  "ju",
+                                       "ker",  "lo",  "men", "no",  "or", "pre",  "qui", "ran", "ser",
+                                       "tion", "un",  "ver", "wil", "ex", "yond", "zen", "ly" };
     size_t n = 0;
     for (uint32_t k = 2 + rnd(3); k > 0; k--) {
         const char *s = syl[rnd(sizeof syl / sizeof syl[0])];
@@ -183,11 +195,17 @@ int main(int argc, char **argv)
         len = english(text, cap);
         measure(tok, "english 8 MB", text, len, 15);
         measure(tok, "english 4 kB", text, 4096, 63);
-        measure(tok, "russian", text, repeat(text, cap / 4, "Съешь ещё этих мягких французских булок, да выпей чаю. "), 7);
+        measure(tok, "russian", text, repeat(text, cap / 4, "Съешь ещё этих мягких французских булок, да выпей чаю. "),
+                7);
         measure(tok, "chinese", text, repeat(text, cap / 4, "今天天气很好，我们去公园散步吧。"), 7);
-        measure(tok, "decomposed (needs NFC)", text, repeat(text, cap / 8, "Ti\xCC\x82""e\xCC\x82\xCC\x81ng Vie\xCC\xA3\xCC\x82t "), 7);
+        measure(tok, "decomposed (needs NFC)", text,
+                repeat(text, cap / 8,
+                       "Ti\xCC\x82"
+                       "e\xCC\x82\xCC\x81ng Vie\xCC\xA3\xCC\x82t "),
+                7);
         measure(tok, "one letter, 1 MB", text, repeat(text, 1 << 20, "a"), 5);
-        measure(tok, "one line of letters, 1 MB", text, repeat(text, 1 << 20, "thequickbrownfoxjumpsoverthelazydog"), 5);
+        measure(tok, "one line of letters, 1 MB", text, repeat(text, 1 << 20, "thequickbrownfoxjumpsoverthelazydog"),
+                5);
         measure(tok, "spaces, 1 MB", text, repeat(text, 1 << 20, " "), 5);
         measure_open(argv[1], "", "parse");
         char dir[] = "/tmp/bench_tokenize.XXXXXX";

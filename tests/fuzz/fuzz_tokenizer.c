@@ -1,7 +1,8 @@
 /*
- * The tokenizer on bytes we did not write. Input that starts with 'T' is text for a small built-in tokenizer (no normaliser), on
- * which encoding and decoding must be inverse and every way to ask must agree. Anything else is tokenizer.json, then perhaps
- * after a NUL tokenizer_config.json, then after another NUL a text; what opens must encode it and keep its promises.
+ * The tokenizer on bytes we did not write. Input that starts with 'T' is text for a small built-in tokenizer (no
+ * normaliser), on which encoding and decoding must be inverse and every way to ask must agree. Anything else is
+ * tokenizer.json, then perhaps after a NUL tokenizer_config.json, then after another NUL a text; what opens must encode
+ * it and keep its promises.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -91,10 +92,14 @@ static void check_text(const struct tokenizer *tok, const char *text, size_t n, 
 static const struct tokenizer *built_in(void)
 {
     static struct tokenizer *tok;
-    static const char *const merges[] = { "a", "b", "ab", "ab", " ", "t", " t", "h", "e", "r", "\n", "\n", "\xC3", "\xA9", "<", "|", NULL };
+    static const char *const merges[] = { "a", "b",  "ab", "ab",   " ",    "t", " t", "h", "e",
+                                          "r", "\n", "\n", "\xC3", "\xA9", "<", "|",  NULL };
     if (tok == NULL)
-        tok = doc_open(&(struct doc_opts){ .merges = merges, .normalizer = "null", .added =
-            "{\"id\":300,\"content\":\"<|a|>\",\"special\":true},{\"id\":301,\"content\":\"<|a|>b\"},{\"id\":302,\"content\":\"<\xC3\xA9>\"}" });
+        tok =
+            doc_open(&(struct doc_opts){ .merges = merges,
+                                         .normalizer = "null",
+                                         .added = "{\"id\":300,\"content\":\"<|a|>\",\"special\":true},{\"id\":301,"
+                                                  "\"content\":\"<|a|>b\"},{\"id\":302,\"content\":\"<\xC3\xA9>\"}" });
     return tok;
 }
 
@@ -110,7 +115,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     const char *text = b ? b + 1 : end;
     struct tokenizer *tok = NULL;
     struct arle_err err = ARLE_ERR_INIT;
-    int r = tokenizer_open_mem(&tok, p, a ? (size_t)(a - p) : size, config, config ? (size_t)((b ? b : end) - config) : 0, &err);
+    int r = tokenizer_open_mem(&tok, p, a ? (size_t)(a - p) : size, config,
+                               config ? (size_t)((b ? b : end) - config) : 0, &err);
     check(r == 0 ? tok != NULL : r < 0 && tok == NULL && err.msg[0] != '\0');
     if (tok != NULL)
         check_text(tok, text, (size_t)(end - text), 0);

@@ -1,6 +1,6 @@
 /*
- * Encodes texts from stdin for tokenizer_hf.t: frames of a 4-byte native length and that many bytes in, frames of a count and
- * that many 4-byte ids out. Usage: tok_pipe MODEL_DIR FLAGS
+ * Encodes texts from stdin for tokenizer_hf.t: frames of a 4-byte native length and that many bytes in, frames of a
+ * count and that many 4-byte ids out. Usage: tok_pipe MODEL_DIR FLAGS
  */
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,4 +1,7 @@
-/* Merging against a slow reference that follows the definition, on random vocabularies; and what it costs on one long piece. */
+/*
+ * Merging against a slow reference that follows the definition, on random vocabularies; and what it costs on one long
+ * piece.
+ */
 #include <time.h>
 
 #include "tok_make.h"
@@ -152,11 +155,12 @@ static void the_last_of_two_equal_merges_counts(void)
 
 static void ignore_merges_takes_whole_entries(void)
 {
-    static const char *const merges[] = { "a", "b", "b", "c", "a", "bc", NULL };     /* abc merges as ab + c otherwise */
+    static const char *const merges[] = { "a", "b", "b", "c", "a", "bc", NULL }; /* abc merges as ab + c otherwise */
     struct tokenizer *plain = doc_open(&(struct doc_opts){ .merges = merges });
     struct tokenizer *whole = doc_open(&(struct doc_opts){ .merges = merges, .model = "\"ignore_merges\":true," });
     REQUIRE(plain != NULL && whole != NULL);
-    struct tok_ids a = doc_encode(plain, "abc", 3, 0), b = doc_encode(whole, "abc", 3, 0), c = doc_encode(whole, "abca", 4, 0);
+    struct tok_ids a = doc_encode(plain, "abc", 3, 0), b = doc_encode(whole, "abc", 3, 0),
+                   c = doc_encode(whole, "abca", 4, 0);
     doc_expect(&a, (const int32_t[]){ 256, 'c', -1 }, "with merges");
     doc_expect(&b, (const int32_t[]){ 258, -1 }, "whole entry");
     doc_expect(&c, (const int32_t[]){ 256, 'c', 'a', -1 }, "no such entry");
@@ -184,7 +188,8 @@ static void every_byte_has_a_way_in_and_out(void)
         else if (cp < 0x10000)
             n += (size_t)sprintf(text, "%c%c%c", 0xE0 | cp >> 12, 0x80 | (cp >> 6 & 63), 0x80 | (cp & 63));
         else
-            n += (size_t)sprintf(text, "%c%c%c%c", 0xF0 | cp >> 18, 0x80 | (cp >> 12 & 63), 0x80 | (cp >> 6 & 63), 0x80 | (cp & 63));
+            n += (size_t)sprintf(text, "%c%c%c%c", 0xF0 | cp >> 18, 0x80 | (cp >> 12 & 63), 0x80 | (cp >> 6 & 63),
+                                 0x80 | (cp & 63));
         struct tok_ids ids = doc_encode(tok, text, n, 0);
         EXPECT_EQ(ids.n, n);
         for (size_t i = 0; i < n && i < ids.n; i++)

@@ -1,11 +1,16 @@
-/* The streaming detokeniser: whatever the split, the pieces add up to the lossy decoding of the whole, in whole characters. */
+/*
+ * The streaming detokeniser: whatever the split, the pieces add up to the lossy decoding of the whole, in whole
+ * characters.
+ */
 #include "chat/detok.h"
 #include "chat/tok_unicode.h"
 #include "tok_make.h"
 
 static struct tokenizer *tok;
 
-/* What the reference does at the end, written as a rule of its own: a broken part is the longest prefix of a character. */
+/*
+ * What the reference does at the end, written as a rule of its own: a broken part is the longest prefix of a character.
+ */
 static size_t slow_lossy(const uint8_t *p, size_t n, char *out)
 {
     size_t done = 0;
@@ -45,8 +50,10 @@ static void push(struct detok *d, const char *bytes, size_t n, char *all, size_t
 
 static void any_split_gives_the_same_text(void)
 {
-    static const char *const part[] = { "a", "\xC3\xA9", "\xE2\x82\xAC", "\xF0\x9F\x98\x80", "\xE2\x82", "\xF0\x9F\x98", "\xF0\x9F",
-                                        "\xC3", "\x80", "\xFF", "\xED\xA0\x80", "\xF4\x90", "\xC0\xAF", "\xE0\x80", "z" };
+    static const char *const part[] = {
+        "a",    "\xC3\xA9", "\xE2\x82\xAC", "\xF0\x9F\x98\x80", "\xE2\x82", "\xF0\x9F\x98", "\xF0\x9F", "\xC3",
+        "\x80", "\xFF",     "\xED\xA0\x80", "\xF4\x90",         "\xC0\xAF", "\xE0\x80",     "z"
+    };
     for (int round = 0; round < 20000 && !tap_case_failed; round++) {
         char text[128], want[512], all[512];
         size_t n = 0, n_all = 0, at = 0;
@@ -120,7 +127,8 @@ static void special_tokens_can_be_skipped(void)
 
 int main(void)
 {
-    tok = doc_open(&(struct doc_opts){ .added = "{\"id\":256,\"content\":\"<end>\",\"special\":true},{\"id\":257,\"content\":\"<think>\"}" });
+    tok = doc_open(&(struct doc_opts){
+        .added = "{\"id\":256,\"content\":\"<end>\",\"special\":true},{\"id\":257,\"content\":\"<think>\"}" });
     if (tok == NULL)
         return 1;
     RUN(any_split_gives_the_same_text);

@@ -5,7 +5,19 @@
 
 #define ADDED(id, text, more) "{\"id\":" #id ",\"content\":\"" text "\",\"normalized\":false" more "}"
 static const char *const merges[] = { "a", "b", " ", "ab", "<", "|", "\n", "\n", "\n\n", "#", "e", "r", NULL };
-enum { T_AB = 256, T_SP_AB, T_LT_BAR, T_NL2, T_NL2_HASH, T_ER, T_END = 262, T_ENDING = 263, T_THINK = 264, T_LEFT = 265, T_NORM = 266 };
+enum {
+    T_AB = 256,
+    T_SP_AB,
+    T_LT_BAR,
+    T_NL2,
+    T_NL2_HASH,
+    T_ER,
+    T_END = 262,
+    T_ENDING = 263,
+    T_THINK = 264,
+    T_LEFT = 265,
+    T_NORM = 266
+};
 static const char added[] =
     ADDED(262, "<|end|>", ",\"special\":true") "," ADDED(263, "<|end|>ing", "") "," ADDED(264, "<think>", "") ","
     ADDED(265, "@left", ",\"lstrip\":true") ",{\"id\":266,\"content\":\"norm\",\"normalized\":true}";
@@ -60,7 +72,8 @@ static void ranges_only_say_where_literals_count(void)
     struct tok_ids ids = TOK_IDS_INIT;
     struct arle_err err = ARLE_ERR_INIT;
     EXPECT_EQ(tokenizer_encode_ranges(tok, text, sizeof text - 1, allowed, 4, &ids, &err), 0);
-    doc_expect(&ids, (const int32_t[]){ T_END, T_NL2, '#', ' ', T_LT_BAR, 'e', 'n', 'd', '|', '>', ' ', T_THINK, T_END, -1 },
+    doc_expect(&ids,
+               (const int32_t[]){ T_END, T_NL2, '#', ' ', T_LT_BAR, 'e', 'n', 'd', '|', '>', ' ', T_THINK, T_END, -1 },
                "first and last literals allowed");
     ids.n = 0;
     EXPECT_EQ(tokenizer_encode_ranges(tok, text, sizeof text - 1, NULL, 0, &ids, &err), 0);
@@ -78,7 +91,9 @@ static void ranges_only_say_where_literals_count(void)
     const struct tok_range cut = { 0, 6 };
     EXPECT_EQ(tokenizer_encode_ranges(tok, "<|end|>", 7, &cut, 1, &ids, &err), 0);
     EXPECT_EQ(ids.n, 6);
-    static const struct tok_range bad[][2] = { { { 5, 4 }, { 6, 7 } }, { { 0, 5 }, { 4, 7 } }, { { 0, 5 }, { 6, 99 } } };
+    static const struct tok_range bad[][2] = { { { 5, 4 }, { 6, 7 } },
+                                               { { 0, 5 }, { 4, 7 } },
+                                               { { 0, 5 }, { 6, 99 } } };
     for (int i = 0; i < 3; i++)
         EXPECT_EQ(tokenizer_encode_ranges(tok, text, sizeof text - 1, bad[i], 2, &ids, &err), -EINVAL);
     EXPECT_EQ(ids.n, 6);
@@ -162,7 +177,9 @@ static void *encode_many(void *arg)
 
 static void threads_share_a_tokenizer(void)
 {
-    static const char *const part[] = { "ab", " ", "<|end|>", "er", "\n\n#", "e\xCC\x81", "42", "abababababababababababababababababababababababababab" };
+    static const char *const part[] = {
+        "ab", " ", "<|end|>", "er", "\n\n#", "e\xCC\x81", "42", "abababababababababababababababababababababababababab"
+    };
     for (int k = 0; k < 40; k++) {
         while (text_len[k] < 1500) {
             const char *p = part[doc_rnd(8)];

@@ -1,4 +1,7 @@
-/* NFC against utf8proc on characters that both Unicode versions know, and the places where the reference library differs. */
+/*
+ * NFC against utf8proc on characters that both Unicode versions know, and the places where the reference library
+ * differs.
+ */
 #include <utf8proc.h>
 
 #include "chat/tok_int.h"
@@ -6,10 +9,10 @@
 
 /* Blocks without characters newer than the reference's NFC data. */
 static const uint32_t blocks[][2] = {
-    { 0x20, 0x7F }, { 0xA0, 0x250 }, { 0x300, 0x370 }, { 0x370, 0x530 }, { 0x591, 0x5C8 }, { 0x900, 0x9FE }, { 0xB00, 0xB55 },
-    { 0xDC0, 0xE00 }, { 0xF40, 0xFC0 }, { 0x1100, 0x1200 }, { 0x1E00, 0x2000 }, { 0x2000, 0x2003 }, { 0x2120, 0x2130 },
-    { 0x2ADC, 0x2ADD }, { 0x3041, 0x3100 }, { 0xAC00, 0xAD00 }, { 0xF900, 0xFA60 }, { 0xFB1D, 0xFB50 }, { 0x1D15E, 0x1D1C0 },
-    { 0x2F800, 0x2FA1E },
+    { 0x20, 0x7F },     { 0xA0, 0x250 },    { 0x300, 0x370 },   { 0x370, 0x530 },     { 0x591, 0x5C8 },
+    { 0x900, 0x9FE },   { 0xB00, 0xB55 },   { 0xDC0, 0xE00 },   { 0xF40, 0xFC0 },     { 0x1100, 0x1200 },
+    { 0x1E00, 0x2000 }, { 0x2000, 0x2003 }, { 0x2120, 0x2130 }, { 0x2ADC, 0x2ADD },   { 0x3041, 0x3100 },
+    { 0xAC00, 0xAD00 }, { 0xF900, 0xFA60 }, { 0xFB1D, 0xFB50 }, { 0x1D15E, 0x1D1C0 }, { 0x2F800, 0x2FA1E },
 };
 
 static uint32_t random_cp(void)
@@ -75,7 +78,7 @@ static void many_marks_stay_linear(void)
     uint8_t *text = malloc(4 * n_pairs + 1), *want = malloc(4 * n_pairs + 1);
     text[n++] = 'x';
     for (size_t i = 0; i < n_pairs; i++) {
-        memcpy(text + n, "\xCC\x81\xCC\xA3", 4);        /* classes 230 and 220 in turn: all of the second kind go first */
+        memcpy(text + n, "\xCC\x81\xCC\xA3", 4); /* classes 230 and 220 in turn: all of the second kind go first */
         n += 4;
     }
     want[0] = 'x';      /* x has a composite with neither */
@@ -94,9 +97,20 @@ static void scan_finds_the_first_bad_byte(void)
         const char *text;
         size_t len, good;
     } cases[] = {
-        { "", 0, 0 }, { "abc", 3, 3 }, { "a\x80", 2, 1 }, { "a\xC3", 2, 1 }, { "\xC0\x80", 2, 0 }, { "\xE0\x80\x80", 3, 0 },
-        { "\xED\xA0\x80", 3, 0 }, { "\xF4\x90\x80\x80", 4, 0 }, { "\xF8\x88\x80\x80\x80", 5, 0 }, { "\xF0\x9F\x98\x80", 4, 4 },
-        { "0123456789012345678901234567890123456789\xFF", 41, 40 }, { "\xE2\x82", 2, 0 }, { "\xC3\xA9\xC3(", 4, 2 }, { "a\0b", 3, 3 },
+        { "", 0, 0 },
+        { "abc", 3, 3 },
+        { "a\x80", 2, 1 },
+        { "a\xC3", 2, 1 },
+        { "\xC0\x80", 2, 0 },
+        { "\xE0\x80\x80", 3, 0 },
+        { "\xED\xA0\x80", 3, 0 },
+        { "\xF4\x90\x80\x80", 4, 0 },
+        { "\xF8\x88\x80\x80\x80", 5, 0 },
+        { "\xF0\x9F\x98\x80", 4, 4 },
+        { "0123456789012345678901234567890123456789\xFF", 41, 40 },
+        { "\xE2\x82", 2, 0 },
+        { "\xC3\xA9\xC3(", 4, 2 },
+        { "a\0b", 3, 3 },
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         bool plain;

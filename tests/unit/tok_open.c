@@ -19,8 +19,9 @@ static void refused_doc(const char *json, int code, const char *param, int line)
 #define REFUSED(code, param, ...) do { char *json = doc_make(&(struct doc_opts){ __VA_ARGS__ }); \
     refused_doc(json, code, param, __LINE__); free(json); } while (0)
 
-#define SPLIT(pattern, behavior, invert) "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"" \
-    pattern "\"},\"behavior\":\"" behavior "\",\"invert\":" invert "}," DOC_BYTES "]}"
+#define SPLIT(pattern, behavior, invert) \
+    "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"" pattern \
+    "\"},\"behavior\":\"" behavior "\",\"invert\":" invert "}," DOC_BYTES "]}"
 #define ADDED(id, text, more) "{\"id\":" #id ",\"content\":\"" text "\"" more "}"
 
 static void unsupported_features_are_named(void)
@@ -30,11 +31,13 @@ static void unsupported_features_are_named(void)
     REFUSED(-ENOTSUP, "model.continuing_subword_prefix", .model = "\"continuing_subword_prefix\":\"##\",");
     REFUSED(-ENOTSUP, "model.end_of_word_suffix", .model = "\"end_of_word_suffix\":\"</w>\",");
     REFUSED(-ENOTSUP, "normalizer.type", .normalizer = "{\"type\":\"NFKC\"}");
-    REFUSED(-ENOTSUP, "normalizer.type", .normalizer = "{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFC\"},{\"type\":\"Lowercase\"}]}");
+    REFUSED(-ENOTSUP, "normalizer.type",
+            .normalizer = "{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFC\"},{\"type\":\"Lowercase\"}]}");
     REFUSED(-ENOTSUP, "pre_tokenizer.type", .pre = "{\"type\":\"Metaspace\"}");
     REFUSED(-ENOTSUP, "pre_tokenizer.type", .pre = "null");
     REFUSED(-ENOTSUP, "pre_tokenizer", .pre = "{\"type\":\"Sequence\",\"pretokenizers\":[]}");
-    REFUSED(-ENOTSUP, "pre_tokenizer", .pre = "{\"type\":\"Sequence\",\"pretokenizers\":[" DOC_BYTES "," DOC_BYTES "]}");
+    REFUSED(-ENOTSUP, "pre_tokenizer",
+            .pre = "{\"type\":\"Sequence\",\"pretokenizers\":[" DOC_BYTES "," DOC_BYTES "]}");
     REFUSED(-ENOTSUP, "pre_tokenizer.add_prefix_space", .pre = "{\"type\":\"ByteLevel\",\"add_prefix_space\":true}");
     REFUSED(-ENOTSUP, "pre_tokenizer.behavior", .pre = SPLIT("a", "Removed", "false"));
     REFUSED(-ENOTSUP, "pre_tokenizer.invert", .pre = SPLIT("a", "Isolated", "true"));
@@ -42,10 +45,13 @@ static void unsupported_features_are_named(void)
     REFUSED(-ENOTSUP, "pre_tokenizer.pattern", .pre = SPLIT("a*", "Isolated", "false"));
     REFUSED(-ENOTSUP, "decoder.type", .decoder = "{\"type\":\"WordPiece\"}");
     REFUSED(-ENOTSUP, "decoder.type", .decoder = "null");
-    REFUSED(-ENOTSUP, "post_processor.type", .post = "{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"<s>\"}},{\"Sequence\":{}}]}");
+    REFUSED(-ENOTSUP, "post_processor.type",
+            .post =
+                "{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"<s>\"}},{\"Sequence\":{}}]}");
     REFUSED(-ENOTSUP, "added_tokens.single_word", .added = ADDED(256, "<x>", ",\"single_word\":true"));
     REFUSED(-ENOTSUP, "added_tokens.normalized", .added = ADDED(256, "e\xCC\x81", ",\"normalized\":true"));
-    refused_doc("{\"model\":{\"type\":\"Unigram\",\"vocab\":[]},\"normalizer\":null}", -ENOTSUP, "model.type", __LINE__);
+    refused_doc("{\"model\":{\"type\":\"Unigram\",\"vocab\":[]},\"normalizer\":null}", -ENOTSUP, "model.type",
+                __LINE__);
     refused_doc("{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[]}}", -ENOTSUP, "model.vocab", __LINE__);
 }
 
@@ -116,7 +122,8 @@ static void config_adds_tokens_and_overrides_none(void)
     EXPECT(!tokenizer_is_added(tok, -1) && !tokenizer_is_added(tok, 1 << 30));
     tokenizer_close(tok);
     struct arle_err err = ARLE_ERR_INIT;
-    static const char *const bad[] = { "{\"added_tokens_decoder\":[]}", "{\"added_tokens_decoder\":{\"x\":{\"content\":\"y\"}}}",
+    static const char *const bad[] = { "{\"added_tokens_decoder\":[]}",
+                                       "{\"added_tokens_decoder\":{\"x\":{\"content\":\"y\"}}}",
                                        "{\"added_tokens_decoder\":{\"-1\":{\"content\":\"y\"}}}",
                                        "{\"added_tokens_decoder\":{\"999\":{}}}" };
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
@@ -178,7 +185,8 @@ static void make_model(const char *more)
     static const char *const merges[] = { "x", "y", " ", "a", NULL };
     char added[256];
     snprintf(added, sizeof added, "%s%s", ADDED(300, "<one>", ""), more);
-    char *json = doc_make(&(struct doc_opts){ .merges = merges, .added = added, .pre = SPLIT(" ?[a-z]+|[0-9]", "Isolated", "false") });
+    char *json = doc_make(
+        &(struct doc_opts){ .merges = merges, .added = added, .pre = SPLIT(" ?[a-z]+|[0-9]", "Isolated", "false") });
     write_file(model, "tokenizer.json", json, strlen(json));
     free(json);
 }
@@ -234,7 +242,9 @@ static void damaged_cache_is_ignored(void)
     }
 }
 
-/* With a right checksum, contents are still checked: an image with one wrong word must never be adopted and then crash. */
+/*
+ * With a right checksum, contents are still checked: an image with one wrong word must never be adopted and then crash.
+ */
 static void images_are_checked_without_the_checksum(void)
 {
     struct tok_tables t = { 0 };

@@ -1,6 +1,6 @@
 /*
- * The hand-written splitters against PCRE2 with the pattern they stand for, on random strings. The alphabet holds characters of
- * every class the patterns name, all old enough that every Unicode version classifies them alike.
+ * The hand-written splitters against PCRE2 with the pattern they stand for, on random strings. The alphabet holds
+ * characters of every class the patterns name, all old enough that every Unicode version classifies them alike.
  */
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
@@ -21,17 +21,77 @@ static const struct {
     { TOK_STAGE_BYTELEVEL, "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+" },
     { TOK_STAGE_DIGITS3, "\\p{N}{1,3}" },
     { TOK_STAGE_CJK, "[\xE4\xB8\x80-\xE9\xBE\xA5\xE3\x81\x80-\xE3\x82\x9F\xE3\x82\xA0-\xE3\x83\xBF]+" },
-    { TOK_STAGE_SPLIT_PS, "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-                          "| ?[\\p{P}\\p{S}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+" },
+    { TOK_STAGE_SPLIT_PS,
+      "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+      "| ?[\\p{P}\\p{S}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+" },
 };
 #define N_STAGES (sizeof stages / sizeof stages[0])
 
 static const char *const alphabet[] = {
-    "a", "b", "s", "S", "t", "r", "e", "v", "l", "L", "m", "d", "Z", " ", " ", " ", "\n", "\r", "\t", "'", "'", "0", "7", "!", ".",
-    "<", "|", "_", "~", "$", "+", "\xC2\xA0", "\xC2\x85", "\xE3\x80\x80", "\xE2\x80\xA8", "\xC3\xA9", "\xC5\xBF", "\xE2\x84\xAA",
-    "\xCC\x81", "\xCC\xA3", "\xD7\x91", "\xE0\xA5\x8D", "\xE0\xA4\x95", "\xE4\xBD\xA0", "\xE9\xBE\xA5", "\xE9\xBE\xA6", "\xE3\x81\x82",
-    "\xE3\x83\xBB", "\xE3\x82\xA0", "\xE3\x82\x99", "\xE3\x80\x87", "\xC2\xBD", "\xD9\xA3", "\xE2\x85\xA3", "\xE2\x82\xAC",
-    "\xE2\x80\x9C", "\xF0\x9F\x98\x80", "\xF0\x9D\x9F\x98", "\x01", "\x7F", "\xC2\xAD", "\xE2\x80\x8B", "\xEE\x80\x80", "\xEF\xBF\xBF",
+    "a",
+    "b",
+    "s",
+    "S",
+    "t",
+    "r",
+    "e",
+    "v",
+    "l",
+    "L",
+    "m",
+    "d",
+    "Z",
+    " ",
+    " ",
+    " ",
+    "\n",
+    "\r",
+    "\t",
+    "'",
+    "'",
+    "0",
+    "7",
+    "!",
+    ".",
+    "<",
+    "|",
+    "_",
+    "~",
+    "$",
+    "+",
+    "\xC2\xA0",
+    "\xC2\x85",
+    "\xE3\x80\x80",
+    "\xE2\x80\xA8",
+    "\xC3\xA9",
+    "\xC5\xBF",
+    "\xE2\x84\xAA",
+    "\xCC\x81",
+    "\xCC\xA3",
+    "\xD7\x91",
+    "\xE0\xA5\x8D",
+    "\xE0\xA4\x95",
+    "\xE4\xBD\xA0",
+    "\xE9\xBE\xA5",
+    "\xE9\xBE\xA6",
+    "\xE3\x81\x82",
+    "\xE3\x83\xBB",
+    "\xE3\x82\xA0",
+    "\xE3\x82\x99",
+    "\xE3\x80\x87",
+    "\xC2\xBD",
+    "\xD9\xA3",
+    "\xE2\x85\xA3",
+    "\xE2\x82\xAC",
+    "\xE2\x80\x9C",
+    "\xF0\x9F\x98\x80",
+    "\xF0\x9D\x9F\x98",
+    "\x01",
+    "\x7F",
+    "\xC2\xAD",
+    "\xE2\x80\x8B",
+    "\xEE\x80\x80",
+    "\xEF\xBF\xBF",
 };
 
 static size_t random_text(char *p, size_t most)
@@ -72,7 +132,8 @@ static void compare(size_t stage, const pcre2_code *code, pcre2_match_data *md, 
             break;
         p = tok_stage_next(stages[stage].kind, p, end);
         if ((size_t)(p - (const uint8_t *)text) != ends[i]) {
-            TAP_FAIL("stage %zu: piece %zu ends at %zu, expected %zu", stage, i, (size_t)(p - (const uint8_t *)text), ends[i]);
+            TAP_FAIL("stage %zu: piece %zu ends at %zu, expected %zu", stage, i, (size_t)(p - (const uint8_t *)text),
+                     ends[i]);
             for (size_t j = 0; j < n; j++)
                 printf("%s%02X", j ? " " : "#   ", (uint8_t)text[j]);
             printf("\n");
@@ -88,7 +149,8 @@ static void splitters_equal_their_patterns(void)
     for (size_t s = 0; s < N_STAGES; s++) {
         int e;
         PCRE2_SIZE at;
-        pcre2_code *code = pcre2_compile((PCRE2_SPTR)stages[s].pattern, PCRE2_ZERO_TERMINATED, PCRE2_UTF | PCRE2_UCP, &e, &at, NULL);
+        pcre2_code *code =
+            pcre2_compile((PCRE2_SPTR)stages[s].pattern, PCRE2_ZERO_TERMINATED, PCRE2_UTF | PCRE2_UCP, &e, &at, NULL);
         REQUIRE(code != NULL);
         pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);
         pcre2_match_data *md = pcre2_match_data_create_from_pattern(code, NULL);
@@ -123,9 +185,12 @@ static void known_patterns_are_recognised_exactly(void)
 /* The same splits written differently go through PCRE2 and must give the same ids. */
 static void known_and_unknown_patterns_agree(void)
 {
-    static const char *const merges[] = { "a", "b", " ", "a", " a", "b", "'", "s", "\n", "\n", "7", "7", "e", "r", NULL };
+    static const char *const merges[] = {
+        "a", "b", " ", "a", " a", "b", "'", "s", "\n", "\n", "7", "7", "e", "r", NULL
+    };
     static const char other[] =
-        "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(?:" DOC_SPLIT_LM ")\"},"
+        "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(?:" DOC_SPLIT_LM
+        ")\"},"
         "\"behavior\":\"Isolated\",\"invert\":false}," DOC_BYTES "]}";
     struct tokenizer *known = doc_open(&(struct doc_opts){ .merges = merges });
     struct tokenizer *unknown = doc_open(&(struct doc_opts){ .merges = merges, .pre = other });
