@@ -5,6 +5,10 @@
 #include <unistd.h>
 
 const struct command *const commands[] = {
+    &cmd_chat,
+    &cmd_run,
+    &cmd_serve,
+    &cmd_tokenize,
     &cmd_plugins,
     &cmd_doctor,
     &cmd_help,

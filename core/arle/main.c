@@ -30,17 +30,22 @@ static int unknown(const char *name)
 int main(int argc, char **argv)
 {
     struct args args;
-    const char *name = argc > 1 ? argv[1] : "help";
-    if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0)
+    /* Alone, or with options only, it is a conversation. */
+    const char *first = argc > 1 ? argv[1] : "";
+    int skip = first[0] != '\0' && first[0] != '-';
+    const char *name = skip ? first : "chat";
+    if (strcmp(first, "--help") == 0 || strcmp(first, "-h") == 0) {
         name = "help";
-    if (strcmp(name, "--version") == 0 || strcmp(name, "-V") == 0) {
+        skip = 1;
+    }
+    if (strcmp(first, "--version") == 0 || strcmp(first, "-V") == 0) {
         puts("arle " ARLE_VERSION);
         return EXIT_OK;
     }
     const struct command *cmd = find(name);
     if (cmd == NULL)
         return unknown(name);
-    enum args_outcome o = args_parse(&args, "arle", cmd, argc > 1 ? argc - 1 : 1, argc > 1 ? argv + 1 : argv);
+    enum args_outcome o = args_parse(&args, "arle", cmd, argc - skip, argv + skip);
     int status = o == ARGS_RUN ? cmd->run(&args) : o == ARGS_DONE ? EXIT_OK : EXIT_USAGE;
     args_fini(&args);
     log_flush();
