@@ -7,7 +7,7 @@ static int run_serve(const struct args *a)
     struct config *cfg = NULL;
     const char *listen = args_str(a, "listen");
     if (listen != NULL)
-        args_preset(a, "server.listen=%s", listen);
+        args_preset((struct args *)(uintptr_t)a, "server.listen=%s", listen);      /* main()'s own variable */
     int status = session_config(a, true, args_str(a, "served-name"), &cfg);
     if (status != 0)
         return status;

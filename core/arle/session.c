@@ -32,7 +32,10 @@ static void base_name(const char *dir, char *out, size_t cap)
     if (realpath(dir, full) == NULL)
         snprintf(full, sizeof full, "%s", dir);
     const char *slash = strrchr(full, '/');
-    snprintf(out, cap, "%s", slash != NULL && slash[1] != '\0' ? slash + 1 : full);
+    const char *base = slash != NULL && slash[1] != '\0' ? slash + 1 : full;
+    size_t n = strnlen(base, cap - 1);
+    memcpy(out, base, n);
+    out[n] = '\0';
 }
 
 int session_config(const struct args *args, bool with_default, const char *served_name, struct config **out)
