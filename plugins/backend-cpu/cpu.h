@@ -35,8 +35,8 @@ typedef void (*part_fn)(void *arg, unsigned part, unsigned n_parts);
 int pool_create(unsigned n_threads, bool pin, struct pool **out, struct arle_err *err);
 void pool_destroy(struct pool *p);
 unsigned pool_threads(const struct pool *p);
-/** Runs fn(arg, 0..n_parts-1, n_parts), n_parts = min(want, threads), and returns when all parts are done. Part 0 runs on
- *  the caller; when another thread is using the pool, all of them do. Any thread; fn must not call pool_run. */
+/** Runs fn(arg, 0..n_parts-1, n_parts), n_parts = min(want, threads), and returns when all parts are done. When another thread is
+ *  using the pool, all parts run on the caller. Any thread; fn must not call pool_run. */
 void pool_run(struct pool *p, unsigned want, part_fn fn, void *arg);
 
 /** Bounds of one of n_parts nearly equal ranges of [0, n). */

@@ -8,6 +8,10 @@
  */
 #include "cpu.h"
 
+/* From here on a slice is moved to a compact place first: in its record only every second group of cache lines belongs to it, so
+ * that half of the cache's sets would have to hold all of it. */
+#define GDN_COPY_TOKENS 4
+
 struct gdn_job {
     struct arle_device *dev;
     const struct arle_gdn_args *a;
@@ -95,7 +99,18 @@ static void recur_part(void *arg, unsigned part, unsigned n_parts)
             .gates = j->gates + (t0 * a->n_v + h) * 4, .ld_gates = (int64_t)a->n_v * 4,
             .o = j->o + t0 * (int64_t)a->n_v * a->dv + (int64_t)h * a->dv + c, .ld_o = (int64_t)a->n_v * a->dv,
         };
+        if (sl.n_tokens < GDN_COPY_TOKENS) {
+            j->dev->k->gdn(&sl);
+            continue;
+        }
+        float *home = sl.s, *copy = thread_scratch(j->dev, part);
+        for (unsigned d = 0; d < a->dk; d++)
+            memcpy(copy + d * CPU_GDN_COLS, home + d * sl.ld_s, sl.cols * sizeof *copy);
+        sl.s = copy;
+        sl.ld_s = CPU_GDN_COLS;
         j->dev->k->gdn(&sl);
+        for (unsigned d = 0; d < a->dk; d++)
+            memcpy(home + d * a->dv, copy + d * CPU_GDN_COLS, sl.cols * sizeof *copy);
     }
     for (int64_t s = part; s < b->n_seqs; s += n_parts)         /* nobody reads the conv state in this pass */
         save_conv(j, s);

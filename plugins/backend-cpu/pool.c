@@ -1,6 +1,9 @@
 /*
  * Persistent workers that run parts of one op at a time. They spin for a while after each job, since ops follow each other by
  * microseconds during a step, and then sleep on a futex. Owns the threads; knows nothing of ops.
+ *
+ * How work is cut into parts is fixed; who runs a part is not. Every thread takes the part of its own number first and then any
+ * that nobody has begun, so that a worker that the system keeps waiting for a CPU delays nobody.
  */
 #include "cpu.h"
 
@@ -21,16 +24,23 @@ struct worker {
     pthread_t thread;
 };
 
+/* A part belongs to whoever moves its word up to the serial of the job. Words of a finished job are all at its serial or beyond,
+ * so that a thread which still looks at an old job can take nothing. */
+struct claim {
+    _Alignas(64) _Atomic uint64_t serial;
+};
+
 struct pool {
     unsigned n_threads;
     bool pin, caller_pinned;
     cpu_set_t cpus;
     struct worker *workers;             /* n_threads - 1 */
+    struct claim *claims;               /* n_threads */
     atomic_flag busy;                   /* held by the thread whose job runs */
-    part_fn fn;                         /* fn, arg: written before job is released, read by the job's participants only */
+    part_fn fn;                         /* fn, arg: written before job is released, read by owners of its parts only */
     void *arg;
     _Alignas(64) _Atomic uint64_t job;  /* serial << 16 | n_parts; pairs with the acquire in worker_wait */
-    _Alignas(64) _Atomic uint32_t left; /* parts of workers that are not done; pairs with the acquire in pool_run */
+    _Alignas(64) _Atomic uint32_t left; /* parts that are not done; pairs with the acquire in pool_run */
     _Alignas(64) _Atomic uint32_t sleepers;
     _Atomic uint32_t wake;              /* futex word, raised to end all sleeps */
     _Atomic bool stop;
@@ -67,6 +77,22 @@ static uint64_t worker_wait(struct pool *p, uint64_t seen)
     return job;
 }
 
+/* Runs parts of the job until all have an owner, beginning with number `first`. */
+static void run_free_parts(struct pool *p, uint64_t job, unsigned first)
+{
+    uint64_t serial = job >> 16;
+    unsigned n = job & 0xffff;
+    for (unsigned i = 0; i < n; i++) {
+        unsigned part = (first + i) % n;
+        uint64_t seen = atomic_load_explicit(&p->claims[part].serial, memory_order_relaxed);
+        if (seen < serial && atomic_compare_exchange_strong_explicit(&p->claims[part].serial, &seen, serial, memory_order_acq_rel,
+                                                                     memory_order_relaxed)) {
+            p->fn(p->arg, part, n);
+            atomic_fetch_sub_explicit(&p->left, 1, memory_order_release);
+        }
+    }
+}
+
 static void *worker_main(void *arg)
 {
     struct worker *w = arg;
@@ -74,14 +100,9 @@ static void *worker_main(void *arg)
     uint64_t seen = 0;
     while (!atomic_load(&p->stop)) {
         uint64_t job = worker_wait(p, seen);
-        if (job == seen)
-            continue;
+        if (job != seen && (job & 0xffff) != 0)
+            run_free_parts(p, job, w->index);
         seen = job;
-        unsigned n_parts = job & 0xffff;
-        if (w->index < n_parts) {
-            p->fn(p->arg, w->index, n_parts);
-            atomic_fetch_sub_explicit(&p->left, 1, memory_order_release);
-        }
     }
     return NULL;
 }
@@ -106,10 +127,12 @@ int pool_create(unsigned n_threads, bool pin, struct pool **out, struct arle_err
         return arle_err_set(err, -ENOMEM, "no memory for the thread pool");
     memset(p, 0, sizeof *p);
     p->workers = calloc(n_threads, sizeof *p->workers);
-    if (p->workers == NULL) {
+    if (p->workers == NULL || posix_memalign((void **)&p->claims, 64, n_threads * sizeof *p->claims) != 0) {
+        free(p->workers);
         free(p);
         return arle_err_set(err, -ENOMEM, "no memory for %u workers", n_threads);
     }
+    memset(p->claims, 0, n_threads * sizeof *p->claims);
     p->pin = pin;
     if (sched_getaffinity(0, sizeof p->cpus, &p->cpus) != 0)
         p->pin = false;
@@ -147,6 +170,7 @@ void pool_destroy(struct pool *p)
     for (unsigned i = 1; i < p->n_threads; i++)
         pthread_join(p->workers[i - 1].thread, NULL);
     free(p->workers);
+    free(p->claims);
     free(p);
 }
 
@@ -173,12 +197,12 @@ void pool_run(struct pool *p, unsigned want, part_fn fn, void *arg)
     }
     p->fn = fn;
     p->arg = arg;
-    atomic_store_explicit(&p->left, n - 1, memory_order_relaxed);
-    uint64_t serial = (atomic_load_explicit(&p->job, memory_order_relaxed) >> 16) + 1;
-    atomic_store(&p->job, serial << 16 | n);
+    atomic_store_explicit(&p->left, n, memory_order_relaxed);
+    uint64_t job = ((atomic_load_explicit(&p->job, memory_order_relaxed) >> 16) + 1) << 16 | n;
+    atomic_store(&p->job, job);
     if (atomic_load(&p->sleepers) > 0)
         wake_all(p);
-    fn(arg, 0, n);
+    run_free_parts(p, job, 0);
     for (unsigned spin = 0; atomic_load_explicit(&p->left, memory_order_acquire) != 0; spin++) {
         if (spin < SPINS_BEFORE_YIELD)
             cpu_relax();

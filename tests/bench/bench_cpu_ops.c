@@ -2,7 +2,7 @@
  * Speed of backend-cpu's ops at the shapes of a small published model (hidden 1024, MLP 3584, vocabulary 248320, bf16), as JSON
  * lines: best and median of the runs, and the fraction of the ceiling measured beside it.
  *
- *   bench_cpu_ops [backend-cpu.so [key=value ...]]
+ *   bench_cpu_ops [backend-cpu.so [only=WORD] [key=value ...]]          only: ops whose name starts with WORD
  */
 #include "ops_cases.h"
 
@@ -18,6 +18,7 @@
 static struct ops_backend b;
 static double read_ceiling, flop_ceiling;
 static uint32_t act = ARLE_BF16;
+static const char *only = "";
 
 static double now(void)
 {
@@ -67,6 +68,8 @@ static struct arle_weight *random_weight(uint32_t role, int64_t n, int64_t k)
 /* Layers of their own weights, so that a decode pass reads memory and not cache. */
 static void bench_linear(const char *what, uint32_t role, int64_t n, int64_t k, int rows, int layers, int runs)
 {
+    if (strncmp(what, only, strlen(only)) != 0)
+        return;
     struct arle_weight *w[64];
     double t[64];
     uint32_t out_dtype = n == VOCAB ? ARLE_F32 : act;
@@ -116,6 +119,8 @@ static struct arle_batch one_sequence(int ctx, int fresh)
 
 static void bench_attention(int ctx, int fresh, int runs, uint32_t kv_dtype, const char *what)
 {
+    if (strncmp(what, only, strlen(only)) != 0)
+        return;
     enum { NQ = 8, NKV = 2, HD = 256 };
     struct arle_batch ba = one_sequence(ctx, fresh);
     size_t entry = 2 * NKV * arle_kv_vector_bytes(kv_dtype, HD);
@@ -137,6 +142,8 @@ static void bench_attention(int ctx, int fresh, int runs, uint32_t kv_dtype, con
 
 static void bench_gdn(int fresh, int runs)
 {
+    if (strncmp("gdn", only, strlen(only)) != 0)
+        return;
     enum { NK = 16, NV = 16, D = 128 };
     struct arle_batch ba = one_sequence(0, fresh);
     int64_t n_conv = 2 * NK * D + NV * D, ld = n_conv + NV * D + 2 * NV;
@@ -163,6 +170,8 @@ static void bench_gdn(int fresh, int runs)
 
 static void bench_small(int runs)
 {
+    if (strncmp("small", only, strlen(only)) != 0)
+        return;
     enum { REPEAT = 1000 };
     double t[64];
     float *x = calloc(HIDDEN, 4);
@@ -190,6 +199,8 @@ static void bench_small(int runs)
 
 static void bench_sample(int runs)
 {
+    if (strncmp("sample", only, strlen(only)) != 0)
+        return;
     double t[64];
     float *x = malloc(VOCAB * 4);
     uint64_t seed = 1;
@@ -225,6 +236,10 @@ int main(int argc, char **argv)
         if (eq == NULL)
             continue;
         *eq = '\0';
+        if (strcmp(argv[i], "only") == 0) {
+            only = eq + 1;
+            continue;
+        }
         conf[n++] = argv[i];
         conf[n++] = eq + 1;
     }
