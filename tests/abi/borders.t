@@ -21,7 +21,7 @@ trap 'rm -rf "$tmp"' EXIT
 rank() {
     case $1 in
         util) echo 0 ;; config|kv|weights) echo 1 ;; plugin) echo 2 ;; sched) echo 3 ;; chat) echo 4 ;; http|ctl) echo 5 ;;
-        daemon|arle|arlectl) echo 6 ;; include) echo -1 ;; *) echo "unknown folder core/$1" >>"$tmp/layers"; echo 9 ;;
+        daemon|arlectl) echo 6 ;; arle) echo 7 ;; include) echo -1 ;; *) echo "unknown folder core/$1" >>"$tmp/layers"; echo 9 ;;
     esac
 }
 : >"$tmp/layers"

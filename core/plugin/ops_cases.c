@@ -1,7 +1,7 @@
 /*
  * The cases: inputs, calls, and the same formulas in double precision, written from <arle/ops.h> alone.
  */
-#include "ops_cases.h"
+#include "plugin/ops_cases.h"
 
 #include <math.h>
 #include <stdlib.h>

@@ -1,7 +1,7 @@
 /*
  * Drives a backend plugin for op tests: a small host, device buffers, weights.
  */
-#include "ops_cases.h"
+#include "plugin/ops_cases.h"
 
 #include <dlfcn.h>
 #include <math.h>
