@@ -9,6 +9,7 @@ const struct command *const commands[] = {
     &cmd_run,
     &cmd_serve,
     &cmd_tokenize,
+    &cmd_bench,
     &cmd_plugins,
     &cmd_doctor,
     &cmd_help,
