@@ -110,6 +110,7 @@ struct kernels {
     float (*max)(int64_t n, const float *x);
     /* sum of exp((x - m) * inv_t), each block of 4096 summed on its own and added in order */
     double (*sum_exp)(int64_t n, const float *x, float m, float inv_t);
+    void (*exps)(int64_t n, const float *x, float m, float inv_t, float *out);      /* out[i] = exp((x[i] - m) * inv_t) */
 };
 
 extern const struct kernels kernels_ref;
@@ -128,7 +129,7 @@ const struct kernels *kernels_avx512bf16(void);
 #define CPU_COUNTER_ENUM_(name) N_##name,
 enum counter_id { CPU_COUNTERS(CPU_COUNTER_ENUM_) N_COUNTERS };
 
-#define CPU_THREAD_SCRATCH ((size_t)20 << 20)   /* per thread; committed by the kernel only as it is touched */
+#define CPU_THREAD_SCRATCH ((size_t)26 << 20)   /* per thread; committed by the kernel only as it is touched */
 #define CPU_PACK_BYTES ((size_t)16 << 20)       /* packed activations of one matrix product; partial results of attention */
 #define CPU_MAX_VOCAB 1000000u
 

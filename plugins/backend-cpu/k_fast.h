@@ -301,6 +301,12 @@ static double FAST(sum_exp)(int64_t n, const float *x, float m, float inv_t)
     return total;
 }
 
+static void FAST(exps)(int64_t n, const float *x, float m, float inv_t, float *out)
+{
+    for (int64_t i = 0; i < n; i += 16)
+        put16(out, ARLE_F32, i, n - i, vf_exp(vf_mul(vf_sub(get16(x, ARLE_F32, i, n - i), vf_set1(m)), vf_set1(inv_t))));
+}
+
 /* ---- attention ------------------------------------------------------------------------------------------------------ */
 
 static void FAST(sincos)(int64_t n, float pos, const float *inv_freq, float scale, float *cs)
@@ -579,4 +585,4 @@ static void FAST(gdn)(const struct gdn_slice *a)
     .silu_mul = FAST(silu_mul), .to_f32 = FAST(to_f32), .rmsnorm = FAST(rmsnorm), .axpy = FAST(axpy), .dot = FAST(dot), \
     .sincos = FAST(sincos), .rope = FAST(rope), .attn = FAST(attn), .attn_finish = FAST(attn_finish), .dequant = FAST(dequant), \
     .conv = FAST(conv), .l2norm = FAST(l2norm), .gdn = FAST(gdn), .gated_norm = FAST(gated_norm), .max = FAST(max), \
-    .sum_exp = FAST(sum_exp)
+    .sum_exp = FAST(sum_exp), .exps = FAST(exps)

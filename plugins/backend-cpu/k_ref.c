@@ -222,11 +222,17 @@ static double ref_sum_exp(int64_t n, const float *x, float m, float inv_t)
     return sum;
 }
 
+static void ref_exps(int64_t n, const float *x, float m, float inv_t, float *out)
+{
+    for (int64_t i = 0; i < n; i++)
+        out[i] = expf((x[i] - m) * inv_t);
+}
+
 const struct kernels kernels_ref = {
     .name = "reference", .max_rows = 8, .tile_blocks = { [0 ... CPU_MAX_ROWS] = 2 },
     .gemm_f32_wbf16 = ref_gemm_f32_wbf16, .gemm_f32_wf32 = ref_gemm_f32_wf32,
     .store_row = ref_store_row, .silu_mul = ref_silu_mul, .to_f32 = ref_to_f32, .rmsnorm = ref_rmsnorm, .axpy = ref_axpy,
     .dot = ref_dot, .sincos = ref_sincos, .rope = ref_rope, .attn = ref_attn, .attn_finish = ref_attn_finish,
     .dequant = ref_dequant, .conv = ref_conv, .l2norm = ref_l2norm, .gdn = ref_gdn, .gated_norm = ref_gated_norm, .max = ref_max,
-    .sum_exp = ref_sum_exp,
+    .sum_exp = ref_sum_exp, .exps = ref_exps,
 };
