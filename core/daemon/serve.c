@@ -354,6 +354,10 @@ int serve(struct config **cfg, const struct serve_opts *opts)
     for (size_t i = 0; i < s.n_old; i++)
         config_close(s.old[i]);
     pthread_mutex_destroy(&s.cfg_mu);
+    /* A second SIGTERM during the drain must not kill the process now that it is about to end by itself. */
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGINT, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return status;
 }
