@@ -18,6 +18,7 @@
 #define HIST_BYTES ((size_t)64 << 20)   /* device memory for the token histories that penalties need */
 #define PROMPT_ROWS 64u                 /* rows beyond one per sequence, for log-probabilities of prompts */
 #define MIN_PAGES 2u
+#define MAX_PAGE_TOKENS 1024u
 
 static int64_t real_clock(void *arg)
 {
@@ -161,22 +162,29 @@ static int load_once(struct engine *e, struct arle_model_load *load, struct arle
     return r;
 }
 
-/* Pages must be a multiple of what the model's groups need; known only from the model, so it is asked before loading. */
+/* Pages must be a multiple of what the model's groups need. Only the model knows, so it is asked before memory is spent: it
+ * either says the multiple, or refuses a page that is too small, and then larger ones are tried. */
 static int choose_page(struct engine *e, struct arle_model_load *load, struct arle_err *err)
 {
     struct arle_model_desc d = { .struct_size = sizeof d };
     const struct arle_weights *w = load->weights;
+    uint32_t wanted = load->page_tokens;
+    int r;
     if (!ARLE_HAS(e->api, struct arle_model_api, predict))
         return 0;
     load->weights = NULL;
-    int r = e->api->predict(e->model_ctx, load, &d, err);
+    while ((r = e->api->predict(e->model_ctx, load, &d, err)) == -EINVAL && strstr(err->param, "page_tokens") != NULL &&
+           load->page_tokens < MAX_PAGE_TOKENS)
+        load->page_tokens *= 2;
     load->weights = w;
     if (r < 0)
         return r;
-    uint32_t m = d.page_multiple ? d.page_multiple : 1, rounded = (e->cfg.page_tokens + m - 1) / m * m;
-    if (rounded != e->cfg.page_tokens)
-        log_info("sched", "page_tokens", "model=%s from=%u to=%u reason=\"multiple of %u\"", e->name, e->cfg.page_tokens, rounded, m);
-    e->cfg.page_tokens = load->page_tokens = rounded;
+    uint32_t m = d.page_multiple ? d.page_multiple : 1;
+    load->page_tokens = (load->page_tokens + m - 1) / m * m;
+    if (load->page_tokens != wanted)
+        log_info("sched", "page_tokens", "model=%s from=%u to=%u reason=\"the model's cache entries span several tokens\"", e->name,
+                 wanted, load->page_tokens);
+    e->cfg.page_tokens = load->page_tokens;
     return 0;
 }
 

@@ -1,0 +1,258 @@
+/*
+ * The trained checkpoints through the engine on the CPU, in f32: prompt log-probabilities, greedy tokens and drafts of the
+ * reference; and the same bits whether a sequence runs alone or among others, in large or small chunks, cold or from the
+ * prefix cache, undisturbed or after it lost its pages.
+ */
+#include "plugin/registry.h"
+#include "sched/engine.h"
+#include "tap.h"
+#include <json-c/json.h>
+#include <sys/stat.h>
+
+#define MAX_CASES 32
+#define MAX_NEW 48
+
+struct gcase { char name[48]; int32_t ids[2048]; uint32_t n; double nll; int32_t greedy[MAX_NEW]; double margin[MAX_NEW]; uint32_t n_greedy;
+               int32_t draft[2100]; uint32_t n_draft; };
+struct answer { int32_t ids[MAX_NEW]; float lp[MAX_NEW], top[MAX_NEW], top_lp[MAX_NEW][ARLE_MAX_TOP]; uint32_t n, cached; double nll; int32_t draft[2100]; int finish; };
+
+static struct gcase cases[MAX_CASES];
+static uint32_t n_cases;
+static struct registry *reg;
+static struct config *cfg;
+static const struct plugin_info *backend, *model;
+static char dir[1024];
+static struct arle_err err;
+
+static uint32_t ints(json_object *o, const char *key, int32_t *out, uint32_t cap)
+{
+    json_object *a;
+    if (!json_object_object_get_ex(o, key, &a) || !json_object_is_type(a, json_type_array))
+        return 0;
+    uint32_t n = (uint32_t)json_object_array_length(a);
+    for (uint32_t i = 0; i < n && i < cap; i++)
+        out[i] = json_object_get_int(json_object_array_get_idx(a, i));
+    return n < cap ? n : cap;
+}
+
+static bool read_cases(void)
+{
+    char path[1100];
+    snprintf(path, sizeof path, "%s/golden.json", dir);
+    json_object *root = json_object_from_file(path), *v;
+    n_cases = 0;
+    if (root == NULL)
+        return false;
+    json_object_object_foreach(root, name, o) {
+        struct gcase *c = &cases[n_cases];
+        if (!json_object_is_type(o, json_type_object) || n_cases == MAX_CASES || !json_object_object_get_ex(o, "ids", &v))
+            continue;
+        memset(c, 0, sizeof *c);
+        snprintf(c->name, sizeof c->name, "%s", name);
+        c->n = ints(o, "ids", c->ids, 2048);
+        c->n_greedy = ints(o, "greedy_ids", c->greedy, MAX_NEW);
+        c->n_draft = ints(o, "mtp_draft_argmax_per_position", c->draft, 2100);
+        if (json_object_object_get_ex(o, "mean_nll", &v))
+            c->nll = json_object_get_double(v);
+        if (json_object_object_get_ex(o, "greedy_margin", &v))
+            for (uint32_t i = 0; i < c->n_greedy && i < json_object_array_length(v); i++)
+                c->margin[i] = json_object_get_double(json_object_array_get_idx(v, i));
+        n_cases++;
+    }
+    json_object_put(root);
+    return n_cases > 0;
+}
+
+static bool find_plugins(const char *name)
+{
+    const char *models = getenv("ARLE_TEST_MODELS"), *plugins = getenv("ARLE_TEST_PLUGINS");
+    char set[1200], path[1100], text[65536];
+    if (models == NULL || plugins == NULL)
+        return false;
+    snprintf(dir, sizeof dir, "%s/%s", models, name);
+    snprintf(set, sizeof set, "plugins.dir=%s", plugins);
+    const char *sets[] = { set };
+    if (cfg == NULL && (config_open(&cfg, NULL, sets, 1, &err) < 0 || registry_open(&reg, cfg, REGISTRY_LENIENT, &err) < 0))
+        return false;
+    snprintf(path, sizeof path, "%s/config.json", dir);
+    FILE *f = fopen(path, "re");
+    size_t n = f != NULL ? fread(text, 1, sizeof text, f) : 0;
+    if (f != NULL)
+        fclose(f);
+    return n > 0 && registry_backend(reg, "cpu", &backend, &err) == 0 && registry_model(reg, text, n, &model, &err) == 0 && read_cases();
+}
+
+static struct engine_config plain_config(void)
+{
+    return (struct engine_config){ .name = "golden", .model_dir = dir, .max_seqs = 1, .max_tokens = 600, .max_queue = 64,
+                                   .compute = "f32", .parity = true, .manual = true, .page_tokens = 16, .kv_bytes = 96 << 20,
+                                   .context = 1024 };
+}
+
+static void drain(struct request *rq, struct answer *a)
+{
+    struct token_event ev;
+    uint32_t n_prompt = 0;
+    while (request_next(rq, &ev) == 1) {
+        if (ev.kind == EV_PROMPT && !isnan(ev.logprob))
+            a->nll -= ev.logprob, n_prompt++;
+        if (ev.kind == EV_DRAFT && ev.pos < 2100)
+            a->draft[ev.pos] = ev.id;
+        if (ev.kind == EV_FINISH)
+            a->finish = ev.finish;
+        if (ev.kind != EV_TOKEN || a->n == MAX_NEW)
+            continue;
+        a->ids[a->n] = ev.id, a->lp[a->n] = ev.logprob, a->top[a->n] = ev.top_logit;
+        memcpy(a->top_lp[a->n++], ev.top_logprobs, sizeof ev.top_logprobs);
+    }
+    a->nll /= n_prompt ? n_prompt : 1;
+    struct request_usage u;
+    if (request_usage(rq, &u))
+        a->cached = u.cached_tokens;
+}
+
+/* Answers to all cases at once (or one after the other), `times` in a row on the same engine; the last ones are kept. */
+static void answer_all(struct engine_config c, bool at_once, int times, bool prompt_logprobs, bool drafts, struct answer *out, struct engine_stats *st)
+{
+    struct engine *e = NULL;
+    struct request *rq[MAX_CASES];
+    if (engine_open(&e, &c, backend->ops, backend->ctx, 0, model->ops, model->ctx, &err) < 0) {
+        TAP_FAIL("engine_open: %s", err.msg);
+        return;
+    }
+    for (int k = 0; k < times; k++) {
+        memset(out, 0, MAX_CASES * sizeof *out);
+        for (uint32_t i = 0; i < n_cases; i++) {
+            struct request_args a = { .tokens = cases[i].ids, .n_tokens = cases[i].n, .max_new = cases[i].n_greedy, .n = 1,
+                                      .prompt_logprobs = prompt_logprobs, .drafts = drafts,
+                                      .sampling = { .top_p = 1, .repetition = 1, .want_logprobs = true, .n_top = 20 } };
+            rq[i] = NULL;
+            if (engine_submit(e, &a, &rq[i], NULL, &err) < 0)
+                TAP_FAIL("%s: %s", cases[i].name, err.msg);
+            while (!at_once && engine_turn(e) > 0)
+                ;
+        }
+        while (engine_turn(e) > 0)
+            ;
+        for (uint32_t i = 0; i < n_cases; i++) {
+            if (rq[i] != NULL)
+                drain(rq[i], &out[i]);
+            request_unref(rq[i]);
+        }
+    }
+    engine_turn(e);
+    engine_stat(e, st);
+    engine_close(e);
+}
+
+static void same_bits(const struct answer *a, const struct answer *b, const char *what)
+{
+    for (uint32_t i = 0; i < n_cases; i++)
+        if (a[i].n != b[i].n || memcmp(a[i].ids, b[i].ids, sizeof a->ids) || memcmp(a[i].lp, b[i].lp, sizeof a->lp) ||
+            memcmp(a[i].top, b[i].top, sizeof a->top) || memcmp(a[i].top_lp, b[i].top_lp, sizeof a->top_lp)) {
+            uint32_t t = 0;
+            while (t < a[i].n && a[i].ids[t] == b[i].ids[t] && memcmp(a[i].top_lp[t], b[i].top_lp[t], sizeof a[i].top_lp[t]) == 0)
+                t++;
+            TAP_FAIL("%s differs %s, first at token %u of %u", cases[i].name, what, t, a[i].n);
+        }
+}
+
+static struct answer ref[MAX_CASES], other[MAX_CASES];
+
+static void reference(void)
+{
+    struct engine_stats st;
+    struct engine_config c = plain_config();
+    c.drafts = cases[0].n_draft > 0;
+    answer_all(c, false, 1, true, c.drafts, ref, &st);
+    for (uint32_t i = 0; i < n_cases; i++) {
+        const struct gcase *g = &cases[i];
+        EXPECT_NEAR(ref[i].nll, g->nll, 1e-3);
+        EXPECT_EQ(ref[i].n, g->n_greedy);
+        for (uint32_t t = 0; t < g->n_greedy && t < ref[i].n; t++) {
+            if (ref[i].ids[t] != g->greedy[t] && g->margin[t] < 0.02)
+                break;      /* another rounding may choose otherwise; what follows differs */
+            if (ref[i].ids[t] != g->greedy[t])
+                TAP_FAIL("%s: token %u is %d, expected %d (margin %g)", g->name, t, ref[i].ids[t], g->greedy[t], g->margin[t]);
+        }
+        for (uint32_t p = 0; c.drafts && p + 1 < g->n; p++)     /* the draft for p + 2 is made at p + 1 */
+            if (ref[i].draft[p + 2] != g->draft[p])
+                TAP_FAIL("%s: draft for position %u is %d, expected %d", g->name, p + 2, ref[i].draft[p + 2], g->draft[p]);
+    }
+}
+
+static void invariance(void)
+{
+    struct engine_stats st;
+    struct engine_config c = plain_config();
+    answer_all(c, false, 1, false, false, ref, &st);
+    c.max_seqs = 16;
+    answer_all(c, true, 1, false, false, other, &st);
+    same_bits(ref, other, "among others");
+    c.max_tokens = 80;
+    answer_all(c, true, 1, false, false, other, &st);
+    same_bits(ref, other, "in small chunks");
+    c.prefix_cache = true;
+    c.kv_snapshot_bytes = 64 << 20;
+    c.kv_snapshot_cadence = 64;
+    c.max_tokens = 600;
+    answer_all(c, true, 2, false, false, other, &st);
+    same_bits(ref, other, "from the prefix cache");
+    uint32_t warm = 0;
+    for (uint32_t i = 0; i < n_cases; i++)
+        warm += other[i].cached > 0;
+    EXPECT(warm > 0);
+}
+
+/* A pool that holds the longest case and little more: others are moved away and computed again. */
+static void scarce(void)
+{
+    struct engine_stats st;
+    struct engine_config c = plain_config();
+    struct engine *e = NULL;
+    uint32_t longest = 0;
+    uint64_t page = 0, slots = 0;
+    for (uint32_t i = 0; i < n_cases; i++)
+        longest = cases[i].n + MAX_NEW > longest ? cases[i].n + MAX_NEW : longest;
+    REQUIRE(engine_open(&e, &c, backend->ops, backend->ctx, 0, model->ops, model->ctx, &err) == 0);
+    const struct arle_model_desc *d = engine_model(e);
+    engine_stat(e, &st);
+    for (uint32_t i = 0; i < d->n_groups; i++)
+        *(d->groups[i].kind == ARLE_CACHE_PAGED ? &page : &slots) += d->groups[i].kind == ARLE_CACHE_PAGED ? d->groups[i].page_bytes : d->groups[i].record_bytes;
+    c.page_tokens = st.page_tokens;
+    engine_close(e);
+    c.max_seqs = 16;
+    c.context = longest;
+    c.kv_bytes = slots * 17 + page * (longest / c.page_tokens + 4);
+    answer_all(c, true, 1, false, false, other, &st);
+    same_bits(ref, other, "when pages are scarce");
+    EXPECT_EQ(st.errors, 0);
+}
+
+static void checkpoint(const char *name)
+{
+    char label[100];
+    if (!find_plugins(name)) {
+        snprintf(label, sizeof label, "%s # SKIP plugins or model not here: %.40s", name, err.msg);
+        printf("ok %d - %s\n", ++tap_n, label);
+        return;
+    }
+    snprintf(label, sizeof label, "%s: reference", name);
+    tap_run(label, reference);
+    snprintf(label, sizeof label, "%s: same bits in any company", name);
+    tap_run(label, invariance);
+    snprintf(label, sizeof label, "%s: same bits when pages are scarce", name);
+    tap_run(label, scarce);
+}
+
+int main(void)
+{
+    checkpoint("qwen35-tiny");
+    checkpoint("qwen35-micro");
+    checkpoint("qwen35-moe-tiny");
+    checkpoint("deepseek-v4-tiny");
+    if (reg != NULL)
+        registry_close(reg);
+    config_close(cfg);
+    return tap_done();
+}
