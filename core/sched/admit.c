@@ -54,6 +54,8 @@ static void run_remove(struct engine *e, struct seq *sq)
         i++;
     e->n_run--;
     memmove(&e->run[i], &e->run[i + 1], (e->n_run - i) * sizeof e->run[0]);
+    if (e->n_followers > 0)
+        queue_unfollow(e, sq);
 }
 
 /* Higher rank first: smaller priority (aged when it was admitted), then earlier arrival. The last one is the first to be moved away. */
@@ -230,6 +232,8 @@ static void first_admission(struct engine *e, struct seq *sq, const struct kv_hi
     if (rq->left_queue)
         return;
     leave_queue(e, rq);
+    if (rq->deadline_us < e->next_deadline_us)
+        e->next_deadline_us = rq->deadline_us;
     rq->usage.queue_us = now - rq->submit_us;
     rq->usage.cached_tokens = hit->cached_tokens;
     rq->usage.from_device = hit->from_device, rq->usage.from_host = hit->from_host;
@@ -296,6 +300,8 @@ void admit(struct engine *e)
         /* After pages ran out, those who run keep what becomes free; else the newcomer would be the next one to be moved away. */
         if (e->hold && e->n_run > 0 && e->run[e->n_run - 1]->prio <= sq->rq->priority)
             break;
+        if (e->n_run < e->cfg.max_seqs && queue_follow(e, sq))
+            continue;
         int r = seat(e, sq, now);
         if (r == -EINPROGRESS) {
             sq->moving = e->moving = true;

@@ -101,6 +101,7 @@ struct engine_config {
     bool prefix_cache, random_weights, drafts, parity;
     const struct arle_kv_store_api *store; void *store_ctx;
     int64_t deadline_ms;
+    int64_t queue_deadline_ms;              /* longest wait for admission; 0 = none */
     bool step_graphs, run_ahead;
     const char *config_json; size_t config_len;     /* NULL: model_dir/config.json */
     void (*progress)(void *arg, uint64_t done, uint64_t total);

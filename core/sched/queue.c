@@ -110,13 +110,58 @@ void queue_remove(struct engine *e, struct seq *sq)
     sq->next = sq->prev = NULL;
     e->n_wait--;
     e->n_parked -= sq->state == SEQ_PARKED;
+    e->n_followers -= sq->leader != NULL;
+    sq->leader = NULL;
 }
 
-/* An answer that can share its request's prompt waits until the first one has computed it. */
-static bool waits_for_sibling(const struct engine *e, const struct seq *sq)
+/* ---- common prefixes ---- */
+
+static uint32_t common_tokens(const struct seq *a, const struct seq *b)
 {
-    const struct seq *first = &sq->rq->seq[0];
-    return e->cfg.prefix_cache && sq->index > 0 && !sq->opened && first->state != SEQ_DONE && first->n_computed < first->n_prompt;
+    uint32_t n = a->n_tokens < b->n_tokens ? a->n_tokens : b->n_tokens, i = 0;
+    while (i < n && a->tokens[i] == b->tokens[i])
+        i++;
+    return i;
+}
+
+static bool follows(const struct seq *sq)
+{
+    return sq->leader != NULL && sq->leader->n_computed < sq->lead_until;
+}
+
+/*
+ * Many clients start with the same long prefix at once. Somebody who runs is about to compute it: it is asked to leave a
+ * snapshot where the two part, and the other one waits for that point instead of computing the same tokens beside it.
+ */
+bool queue_follow(struct engine *e, struct seq *sq)
+{
+    if (!e->cfg.prefix_cache || sq->state != SEQ_WAITING || sq->leader != NULL)
+        return false;
+    for (uint32_t i = 0; i < e->n_run; i++) {
+        struct seq *r = e->run[i];
+        if (r->n_computed >= r->n_prompt || memcmp(r->rq->salt, sq->rq->salt, sizeof r->rq->salt) != 0)
+            continue;
+        uint32_t until = common_tokens(r, sq) / SCHED_ALIGN * SCHED_ALIGN;
+        if (until <= r->n_computed || until == 0)
+            continue;
+        kv_seq_mark(r->kv, until);
+        sq->leader = r;
+        sq->lead_until = until;
+        e->n_followers++;
+        return true;
+    }
+    return false;
+}
+
+/* The leader does not run any more, wherever it got to. */
+void queue_unfollow(struct engine *e, const struct seq *leader)
+{
+    for (struct seq *sq = e->wait_head; sq != NULL && e->n_followers > 0; sq = sq->next)
+        if (sq->leader == leader) {
+            sq->leader = NULL;
+            e->n_followers--;
+            e->admit_again = true;
+        }
 }
 
 int64_t queue_aged(const struct engine *e, const struct seq *sq, int64_t now)
@@ -140,7 +185,7 @@ struct seq *queue_best(struct engine *e, int64_t now)
 {
     struct seq *best = NULL;
     for (struct seq *sq = e->wait_head; sq != NULL; sq = sq->next)
-        if (!sq->moving && !waits_for_sibling(e, sq) && (best == NULL || before(e, sq, best, now)))
+        if (!sq->moving && !follows(sq) && (best == NULL || before(e, sq, best, now)))
             best = sq;
     return best;
 }
@@ -151,8 +196,8 @@ static void take_request(struct engine *e, struct request *rq)
 {
     tenant_join(e, rq);
     e->st.requests++;
-    if (rq->deadline_us < e->next_deadline_us)
-        e->next_deadline_us = rq->deadline_us;
+    if (rq->queue_deadline_us < e->next_deadline_us)
+        e->next_deadline_us = rq->queue_deadline_us;
     for (uint32_t i = 0; i < rq->n; i++)
         queue_add(e, &rq->seq[i]);
     if (rq->prompt_logprobs) {      /* nothing predicts the first token */
@@ -206,10 +251,11 @@ static void heed_flags(struct engine *e, struct seq *sq, int64_t now)
 
 static void heed_deadline(struct engine *e, struct seq *sq, int64_t now)
 {
-    if (now >= sq->rq->deadline_us)
+    int64_t at = sq->rq->left_queue ? sq->rq->deadline_us : sq->rq->queue_deadline_us;
+    if (now >= at)
         seq_finish(e, sq, FINISH_DEADLINE, 0);
-    else if (sq->rq->deadline_us < e->next_deadline_us)
-        e->next_deadline_us = sq->rq->deadline_us;
+    else if (at < e->next_deadline_us)
+        e->next_deadline_us = at;
 }
 
 static void cancel_by_id(struct engine *e, uint64_t id)

@@ -170,6 +170,9 @@ static int request_make(struct engine *e, const struct request_args *a, struct r
     rq->submit_us = engine_now(e);
     int64_t ms = a->deadline_ms > 0 ? a->deadline_ms : e->cfg.deadline_ms;
     rq->deadline_us = ms > 0 ? rq->submit_us + ms * 1000 : INT64_MAX;
+    rq->queue_deadline_us = e->cfg.queue_deadline_ms > 0 ? rq->submit_us + e->cfg.queue_deadline_ms * 1000 : INT64_MAX;
+    if (rq->queue_deadline_us > rq->deadline_us)
+        rq->queue_deadline_us = rq->deadline_us;
     /* Rows that must all be computed (log-probabilities, drafts of the prompt) cannot start behind a remembered prefix: such a
      * request gets a salt that nobody shares. */
     char own[32] = "";

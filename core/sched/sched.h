@@ -41,6 +41,8 @@ struct seq {
     uint32_t pending_row;           /* row of the newest of them in the last launched step */
     uint32_t inflight;              /* launched steps that hold this sequence */
     int32_t hist;                   /* place in the device history buffers, -1 none */
+    const struct seq *leader;       /* runs, and computes a prefix that this waiting answer shares up to lead_until */
+    uint32_t lead_until;
     struct kv_seq *kv;
     uint64_t seed;
     int64_t since_us;               /* submitted; its age counts from here, also after it lost its place */
@@ -83,6 +85,7 @@ struct request {
     void (*notify)(void *arg);
     void *notify_arg;
     int64_t submit_us, deadline_us; /* absolute; INT64_MAX none */
+    int64_t queue_deadline_us;      /* as deadline_us, until the first answer is admitted */
     struct request_usage usage;
 };
 
@@ -156,6 +159,7 @@ struct engine {
     bool admit_again;               /* something changed since admission last failed */
     bool hold;                      /* pages ran out: nobody new before somebody leaves */
     bool moving;                    /* someone waits for a tier */
+    uint32_t n_followers;           /* waiting answers with a leader */
     int64_t next_deadline_us;
 
     /* Reached by other threads. */
@@ -195,6 +199,8 @@ bool queue_intake(struct engine *e);                    /* mail, cancels, stops,
 void queue_add(struct engine *e, struct seq *sq);
 void queue_remove(struct engine *e, struct seq *sq);
 int64_t queue_aged(const struct engine *e, const struct seq *sq, int64_t now);
+bool queue_follow(struct engine *e, struct seq *sq);    /* true: it waits for one that runs to compute their common prefix */
+void queue_unfollow(struct engine *e, const struct seq *leader);
 struct seq *queue_best(struct engine *e, int64_t now);
 void queue_charge(struct engine *e, struct seq *sq, uint32_t tokens);
 void queue_leave_tenant(struct engine *e, struct seq *sq);      /* once per answer, when it ended */

@@ -179,8 +179,7 @@ int step_launch(struct engine *e, struct step *s)
     for (uint32_t i = 0; i < s->n_parts; i++) {
         struct seq *sq = s->part[i].seq;
         kv_seq_computed(sq->kv, sq->n_computed);
-        if (sq->rq->n > 1 && sq->n_computed >= sq->n_prompt)
-            e->admit_again = true;      /* its siblings can share the prompt now */
+        e->admit_again |= e->n_followers > 0 && s->part[i].n > 1;      /* it may have got to where somebody waits for it */
         queue_charge(e, sq, s->part[i].n);
     }
     e->st.steps++;

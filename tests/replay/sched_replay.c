@@ -2,7 +2,7 @@
  * Replays scheduler scenarios: arrivals in, step plans and outcomes out, in virtual time, with a fake model whose every token
  * is checked. A scenario is a text file, tests/replay/scn/NAME.scn:
  *
- *   engine KEY=VALUE...          seqs tokens pages page queue context prefix host aging
+ *   engine KEY=VALUE...          seqs tokens pages page queue context prefix host aging patience
  *   req NAME KEY=VALUE...        at prompt new prio tenant deadline n seed stopat mark count temp penalty; count makes NAME0, NAME1, ..., `every` US apart
  *   cancel NAME at=US            also by id: cancelid NAME at=US;  end NAME at=US (request_stop of answer 0)
  *   expect NAME OUTCOME [new=N]  OUTCOME: length stop cancelled deadline error stopped refused
@@ -38,7 +38,7 @@ struct scene {
     struct job job[MAX_REQ]; uint32_t n_jobs;
     struct act act[16]; uint32_t n_acts;
     char line[MAX_LINES][200]; uint32_t n_lines;
-    int64_t seqs, tokens, pages, page, queue, context, prefix, host, aging;
+    int64_t seqs, tokens, pages, page, queue, context, prefix, host, aging, patience;
 };
 
 static struct scene sc;
@@ -65,7 +65,7 @@ static void read_engine(char *save)
     for (char *w; (w = strtok_r(NULL, " ", &save)) != NULL;)
         if (!(key(w, "seqs", &sc.seqs) || key(w, "tokens", &sc.tokens) || key(w, "pages", &sc.pages) || key(w, "page", &sc.page) ||
               key(w, "queue", &sc.queue) || key(w, "context", &sc.context) || key(w, "prefix", &sc.prefix) ||
-              key(w, "host", &sc.host) || key(w, "aging", &sc.aging)))
+              key(w, "host", &sc.host) || key(w, "aging", &sc.aging) || key(w, "patience", &sc.patience)))
             BAD("unknown engine key %s", w);
 }
 
@@ -242,6 +242,8 @@ static int64_t next_event(int64_t now)
         int64_t at = !j->submitted ? j->k.at : !j->over && j->k.deadline ? j->k.at + j->k.deadline * 1000 : -1;
         if (at >= 0 && (next < 0 || at < next))
             next = at;
+        if (j->submitted && !j->over && sc.patience && j->k.at + sc.patience * 1000 > now && (next < 0 || j->k.at + sc.patience * 1000 < next))
+            next = j->k.at + sc.patience * 1000;
     }
     for (uint32_t i = 0; i < sc.n_acts; i++)
         if (!sc.act[i].done && (next < 0 || sc.act[i].at < next))
@@ -398,6 +400,7 @@ static void play(const char *path, bool async, bool ahead)
     c.kv_host_bytes = (uint64_t)sc.host;
     c.aging_ms = sc.aging;
     c.run_ahead = ahead;
+    c.queue_deadline_ms = sc.patience;
     c.kv_bytes = (uint64_t)(sc.seqs + 1) * sizeof(struct fake_record) + (uint64_t)(sc.pages + 1) * (uint64_t)sc.page * 4;
     if (engine_open(&e, &c, &fake_backend, &dev, 0, &fake_model, &dev, &err) < 0) {
         BAD("engine_open: %s", err.msg);
