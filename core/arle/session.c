@@ -42,7 +42,7 @@ int session_config(const struct args *args, bool with_default, const char *serve
 {
     struct args *a = (struct args *)(uintptr_t)args;        /* main()'s own variable; presets live in it */
     const char *dir = args_str(a, "model"), *backend = args_str(a, "backend");
-    char path[PATH_MAX], name[NAME_MAX + 1];
+    char path[PATH_MAX], name[NAME_MAX + 1] = "";
     struct arle_err err = ARLE_ERR_INIT;
     with_default &= dir == NULL && access(ARLE_SYSCONF_DIR "/arle.ini", R_OK) == 0;
     if (dir == NULL && args_str(a, "config") == NULL && !with_default) {
@@ -50,14 +50,16 @@ int session_config(const struct args *args, bool with_default, const char *serve
             return cmd_fail(a, &err);
         dir = path;
     }
-    if (dir != NULL) {
+    /* Each preset goes in front of the earlier ones, so the one that makes the model comes last. */
+    if (dir != NULL)
         base_name(dir, name, sizeof name);
-        args_preset(a, "model.%s.path=%s", name, dir);
-    }
+    const char *dot = dir != NULL ? "." : "";
     if (backend != NULL)
-        args_preset(a, "model.backend=%s", backend);
+        args_preset(a, "model.%s%sbackend=%s", name, dot, backend);
     if (served_name != NULL)
-        args_preset(a, "model.served_name=%s", served_name);
+        args_preset(a, "model.%s%sserved_name=%s", name, dot, served_name);
+    if (dir != NULL)
+        args_preset(a, "model.%s.path=%s", name, dir);
     return cmd_config(a, with_default, out);
 }
 

@@ -25,15 +25,6 @@ const struct route http_routes[] = {
     { NULL, NULL, NULL },
 };
 
-const char *const *http_route_names(void)
-{
-    static const char *const names[] = {
-        "POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models", "GET /v1/models/{id}", "POST /v1/render",
-        "POST /tokenize", "POST /detokenize", "GET /health", "GET /ready", "GET /metrics", NULL
-    };
-    return names;
-}
-
 /* ---- shared by handlers --------------------------------------------------------------------------------------------------------- */
 
 int body_object(struct conn *cn, struct json_object **out, struct arle_err *err)

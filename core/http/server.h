@@ -61,7 +61,4 @@ void http_server_stop(struct http_server *srv);
 /** Frees a stopped server. Call after the engines are closed: a late notify may still touch its wakers. NULL is fine. */
 void http_server_destroy(struct http_server *srv);
 
-/* For the documentation's test: "POST /v1/chat/completions", ... Ends with NULL. */
-const char *const *http_route_names(void);
-
 #endif

@@ -1,0 +1,188 @@
+#!/usr/bin/env python3
+"""The programs around the daemon: arlectl, reload, --check-config, arle serve, run, chat, tokenize."""
+import os, sys
+sys.path.insert(0, os.path.join(os.environ.get("top_srcdir", "."), "tests/api"))
+from arled import *
+
+need_model()
+CHAT = "/v1/chat/completions"
+LONG = {"model": "tiny", "max_tokens": 4000, "ignore_eos": True, "messages": [{"role": "user", "content": "Tell me a story about a fox."}]}
+
+
+def sh(*args, **kw):
+    return subprocess.run([program(args[0])] + list(args[1:]), capture_output=True, text=True, timeout=120, **kw)
+
+
+def arlectl():
+    with Arled() as s:
+        ctl = lambda *a: sh("arlectl", "--socket", s.control, *a)
+        j = lambda *a: json.loads(ctl("--json", *a).stdout)
+        ok(j("status")["pid"] == s.process.pid and j("status")["state"] == "running", "status", ctl("status"))
+        ok(j("models")[0]["name"] == "tiny" and j("models")[0]["context"] == 8192, "models")
+        ok(any(p["name"] == "backend-cpu" and p["state"] == "open" for p in j("plugins")), "plugins", ctl("plugins"))
+        ok(j("kv")[0]["pages"] > 0, "kv")
+        ok("[server]" in ctl("config").stdout, "config", ctl("config"))
+        ok("uptime_s" in ctl("top", "-n", "1").stdout, "top")
+        ok(ctl("nonsense").returncode == 2, "an unknown command is a usage error")
+        ok(ctl("cancel", "nobody").returncode == 1, "cancel of an unknown id fails")
+        ok(sh("arlectl", "--socket", s.dir.name + "/none").returncode == 1, "no daemon is a failure")
+        equal(oct(os.stat(s.control).st_mode & 0o777), "0o600", "the socket is the user's own")
+
+        sock = s.open_stream(CHAT, LONG)
+        sock.recv(1000)
+        gen = j("status")["generations"]
+        ok(len(gen) == 1 and gen[0]["path"] == CHAT, "status lists the generation", gen)
+        equal(ctl("cancel", gen[0]["id"]).returncode, 0, "cancel by id")
+        data = b""
+        while b"[DONE]" not in data:
+            piece = sock.recv(65536)
+            if not piece:
+                break
+            data += piece
+        ok(b'"code":"cancelled"' in data, "the client is told", data[-300:])
+        ok(s.wait_idle(), "and it has stopped")
+
+        raw = socket.socket(socket.AF_UNIX)
+        raw.connect(s.control)
+        raw.sendall(b"2 status\n")
+        ok(b"error" in raw.recv(200) and raw.sendall(b"1 status\n") is None and raw.recv(200).startswith(b"1 ok "),
+           "another version is refused, and the connection goes on")
+        raw.close()
+
+        equal(ctl("drain").returncode, 0, "drain")
+        equal(s.process.wait(30), 0, "ends the daemon")
+        ok(not os.path.exists(s.control), "and removes its socket")
+
+
+def reload():
+    with Arled(settings={"server.max_body": "1MiB"}) as s:
+        big = {"model": "tiny", "prompt": "x" * 300000}
+        equal(s.post("/tokenize", big)[0], 200, "before the reload a large body is fine")
+        s.write_ini({"server.max_body": "64KiB", "auth.keys": "k", "scheduler.max_seqs": "3"})
+        r = json.loads(sh("arlectl", "--socket", s.control, "--json", "reload").stdout)
+        ok("server.max_body" in r["applied"] and "scheduler.max_seqs" in r["needs_restart"], "reload says what it did", r)
+        equal(s.raw("POST", "/tokenize", big, headers={"x-api-key": "k"})[0], 413, "and did it")
+        equal(s.raw("GET", "/v1/models")[0], 401, "keys too")
+        s.write_ini({"server.max_body": "much"})
+        ok(sh("arlectl", "--socket", s.control, "reload").returncode == 1, "a broken file is refused")
+        equal(s.raw("GET", "/v1/models", headers={"x-api-key": "k"})[0], 200, "and the old one stays in force")
+        s.write_ini({"server.max_body": "1MiB"})
+        s.process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 10
+        while s.raw("GET", "/v1/models")[0] != 200 and time.monotonic() < end:
+            time.sleep(0.02)
+        equal(s.raw("GET", "/v1/models")[0], 200, "SIGHUP reloads")
+
+
+def check_config():
+    with Arled() as s:
+        r = sh("arled", "--config", s.ini, "--check-config")
+        ok(r.returncode == 0 and "ok" in r.stdout, "--check-config", r)
+        ok(sh("arled", "--config", s.ini, "--check-config", "--set", "server.lisen=x").returncode == 1, "unknown key")
+        ok(sh("arled", "--config", s.dir.name + "/no.ini").returncode == 1, "no file")
+        ok(sh("arled", "--nonsense").returncode == 2, "unknown option")
+        r = sh("arled", "--config", s.ini, "--set", "server.control=", "--set", "server.listen=127.0.0.1:%d" % s.port)
+        ok(r.returncode == 1 and "cannot listen" in r.stderr, "a port in use is a start failure", r)
+        r = sh("arled", "--config", s.ini, "--set", "model.path=" + s.dir.name)
+        ok(r.returncode == 1 and s.dir.name in r.stderr, "a folder without a model is a start failure", r)
+
+
+def notify_socket():
+    import tempfile
+    with tempfile.TemporaryDirectory() as d:
+        n = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        n.bind(d + "/notify")
+        n.settimeout(60)
+        with Arled(env={"NOTIFY_SOCKET": d + "/notify"}) as s:
+            equal(n.recv(100), b"READY=1", "the service manager hears READY")
+            s.stop()
+            equal(n.recv(100), b"STOPPING=1", "and STOPPING")
+        n.close()
+
+
+def unix_listener():
+    with Arled(wait=False, settings={"server.listen": "unix:/tmp/arle-test-%d.sock" % os.getpid()}) as s:
+        path = "/tmp/arle-test-%d.sock" % os.getpid()
+        end = time.monotonic() + 60
+        while "daemon ready" not in s.log() and time.monotonic() < end:
+            time.sleep(0.02)
+        c = socket.socket(socket.AF_UNIX)
+        c.connect(path)
+        c.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        ok(c.recv(100).startswith(b"HTTP/1.0 200") or c.recv(100), "HTTP over a Unix socket")
+        c.close()
+        equal(s.stop(), 0, "ends cleanly")
+        ok(not os.path.exists(path), "and removes its socket")
+
+
+def serve():
+    p = subprocess.Popen([program("arle"), "serve", "--model", TINY, "--backend", "cpu", "--listen", "127.0.0.1:0", "--plugin-dir",
+                          PLUGINS, "--set", "server.control="], stderr=subprocess.PIPE, text=True)
+    url = None
+    for line in p.stderr:
+        m = re.search(r"serving on http://([0-9.]+):(\d+)", line)
+        if m:
+            url = m
+            break
+    ok(url is not None, "arle serve says where")
+    c = http.client.HTTPConnection(url.group(1), int(url.group(2)), timeout=60)
+    c.request("POST", CHAT, json.dumps({"model": "qwen35-tiny", "temperature": 0,
+                                        "messages": [{"role": "user", "content": "What is the capital of Japan?"}]}))
+    ok("Tokyo" in c.getresponse().read().decode(), "and serves the folder's name")
+    c.close()
+    p.send_signal(signal.SIGINT)
+    equal(p.wait(60), 0, "Ctrl-C ends it")
+    p.stderr.close()
+
+
+def run():
+    base = ("arle", "run", "--model", TINY, "--plugin-dir", PLUGINS, "--temperature", "0")
+    r = sh(*base, "--prompt", "What is the capital of Japan?")
+    equal((r.returncode, r.stdout, r.stderr), (0, "The capital of Japan is Tokyo.\n", ""), "arle run")
+    r = sh(*base, "--json", "--set", "backend-cpu.compute=f32", "--max-tokens", "3", "What is the capital of Japan?")
+    j = json.loads(r.stdout)
+    ok(j["finish_reason"] == "length" and j["usage"]["completion_tokens"] == 3 and j["content"], "arle run --json", j)
+    r = sh(*base, input="What is the capital of Japan?\n")
+    equal(r.stdout, "The capital of Japan is Tokyo.\n", "the question on standard input")
+    r = sh(*base, "--think", "--prompt", "What is 48 + 37?")
+    ok(r.stdout.count("85") >= 2, "--think", r.stdout)
+    equal(sh(*base, "--prompt", "x", "--max-tokens", "none").returncode, 2, "a bad option is a usage error")
+    r = sh("arle", "run", "--model", "/nowhere", "--plugin-dir", PLUGINS, "--prompt", "x")
+    ok(r.returncode == 1 and "/nowhere" in r.stderr, "no such model", r)
+    r = sh("arle", "run", "--plugin-dir", PLUGINS, "--prompt", "What is the capital of Japan?", "--temperature", "0",
+           env=dict(os.environ, ARLE_MODELS=MODELS))
+    ok(r.stdout.startswith("The capital of Japan") or os.path.exists("/etc/arle.ini"), "the shipped model without --model", r)
+
+
+def interrupted():
+    p = subprocess.Popen([program("arle"), "run", "--model", TINY, "--plugin-dir", PLUGINS, "--json", "--prompt",
+                          "Tell me a story about a fox.", "--set", "log.level=error", "--temperature", "2", "--max-tokens", "7000"],
+                         stdout=subprocess.PIPE, text=True)
+    time.sleep(1.5)
+    ended = p.poll() is not None
+    if not ended:
+        p.send_signal(signal.SIGINT)
+    out, _ = p.communicate(timeout=60)
+    j = json.loads(out)
+    ok(p.returncode == 0 and (ended or j["finish_reason"] in ("interrupted", "stop")), "Ctrl-C stops the answer and prints what there is", j)
+
+
+def chat():
+    r = sh("arle", "chat", "--model", TINY, "--plugin-dir", PLUGINS, "--temperature", "0",
+           input="What is the capital of Japan?\n/new\n/help\nHello\n/quit\n")
+    ok(r.returncode == 0 and "Tokyo" in r.stdout and "/new" in r.stdout, "arle chat", r)
+    r = sh("arle", "--model", TINY, "--plugin-dir", PLUGINS, "--temperature", "0", input="What is the capital of Japan?\n")
+    ok(r.returncode == 0 and "Tokyo" in r.stdout, "arle alone is a chat", r)
+
+
+def tokenize():
+    g = json.load(open(os.path.join(TINY, "golden.json")))["multi_turn"]
+    r = sh("arle", "tokenize", "--model", TINY, input=g["text"])
+    equal(json.loads(r.stdout), g["ids"], "arle tokenize")
+    equal(sh("arle", "tokenize", "--model", TINY, input="").stdout, "[]\n", "of nothing")
+    equal(sh("arle", "tokenize", "--model", "/nowhere", input="x").returncode, 1, "without a model")
+
+
+for fn in (arlectl, reload, check_config, notify_socket, unix_listener, serve, run, interrupted, chat, tokenize):
+    case(fn)
+done()
