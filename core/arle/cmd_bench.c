@@ -70,7 +70,7 @@ static int run_bench(const struct args *args)
 static const struct option_row options[] = {
     { "json", 0, NULL, "Prints one JSON object per measurement." },
     { "model", 'm', "DIR", "Folder of the model." },
-    { "shape", 0, "NAME", "A published size with random weights, e.g. qwen3.5-0.8b; files in models/shapes." },
+    { "shape", 0, "NAME", "A published size with random weights: the name of a file in models/shapes." },
     { "random-weights", 0, NULL, "Takes only config.json from --model." },
     { "backend", 0, "NAME", "Backend plugin; the default takes an accelerator where one works." },
     { "compute", 0, "TYPE", "f32 or bf16; the default is the device's own." },

@@ -30,6 +30,7 @@ grep -rnE '^[[:space:]]*#[[:space:]]*include[[:space:]]*"' core --include='*.c' 
 while IFS=: read -r file line text; do
     from=${file#core/}; from=${from%%/*}
     what=$(printf '%s' "$text" | sed 's/.*"\(.*\)".*/\1/')
+    what=${what#core/}      # a header that was made in the build folder
     case $what in
         */*) to=${what%%/*} ;;
         config.h) continue ;;
