@@ -43,6 +43,18 @@ static double dotd(const float *a, const float *b, int64_t n)
     return s;
 }
 
+static double round_to(uint32_t dtype, double x)
+{
+    if (dtype == ARLE_F32)
+        return x;
+    float f = (float)x;
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    u = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
 static size_t asize(uint32_t dtype) { return dtype == ARLE_BF16 ? 2 : 4; }
 
 /* ---- embed: p = rows of the table, K, weight dtype ------------------------------------------------------------------- */
@@ -65,6 +77,37 @@ static void run_embed(struct ops_backend *b, const struct ops_case *c, uint32_t 
     }
     part(out, "rows", n * k, fetch(b, dtype, y, n * k), want, 0, 4e-3);
     free(table);
+}
+
+/* ---- embed of random weights: the formula of <arle/backend.h> --------------------------------------------------------- */
+
+static void run_embed_random(struct ops_backend *b, const struct ops_case *c, uint32_t dtype, struct ops_result *out)
+{
+    int64_t vocab = c->p[0], k = c->p[1], n = 3;
+    int32_t ids[3] = { 0, 5, (int32_t)vocab - 1 };
+    struct arle_tensor t = { .name = "r", .dtype = (uint32_t)c->p[2], .n_dims = 2, .dim = { vocab + 2, k }, .rand_seed = 0xfeedfacecafebeefu,
+                             .rand_mean = 0.25, .rand_std = 0.5 };
+    struct arle_weight_part p = { .t = &t, .row0 = 2, .n_rows = vocab, .scale2 = 1 };
+    struct arle_weight_desc d = { .struct_size = sizeof d, .role = ARLE_W_EMBED, .n_experts = 1, .n_parts = 1, .parts = &p, .k = k, .name = "r" };
+    struct arle_weight *w = NULL;
+    ops_check(b, b->api->weight_create(b->dev, &d, &w, NULL), "weight_create");
+    double *want = malloc((size_t)(n * k) * sizeof *want);
+    void *y = ops_alloc(b, (size_t)(n * k) * asize(dtype));
+    struct arle_embed_args a = { .dtype = dtype, .n_tokens = (uint32_t)n, .ids = ops_put(b, ids, sizeof ids), .table = w, .out = y, .ld_out = k };
+    if (w != NULL) {
+        b->weight[b->n_weights++] = w;
+        OPS_CALL(b, embed, &a);
+    }
+    for (int64_t i = 0; i < n * k; i++) {
+        uint64_t index = (uint64_t)((ids[i / k] + 2) * k + i % k), z = t.rand_seed + (index + 1) * 0x9E3779B97F4A7C15u;
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+        z ^= z >> 31;
+        want[i] = (float)(0.25 + 0.5 * 1.7320508075688772 * (2 * ((double)(z >> 40) * 0x1p-24) - 1));
+        if (t.dtype == ARLE_BF16)
+            want[i] = round_to(ARLE_BF16, want[i]);
+    }
+    part(out, "rows", n * k, fetch(b, dtype, y, n * k), want, 0, t.dtype == ARLE_BF16 ? 0 : 4e-3);
 }
 
 /* ---- rmsnorm: p = tokens, dim, gather rows, in place ----------------------------------------------------------------- */
@@ -630,18 +673,6 @@ static float *gdn_states(struct ops_backend *b, const struct gdn_run *r, int64_t
     return x;
 }
 
-static double round_to(uint32_t dtype, double x)
-{
-    if (dtype == ARLE_F32)
-        return x;
-    float f = (float)x;
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    u = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
 /* The recurrence of one sequence in double; state [3 n_conv] then [n_v][dk][dv] is read and replaced. */
 static void gdn_exact(const struct gdn_run *r, const float *rows, int64_t n, double *state, double *out)
 {
@@ -772,6 +803,32 @@ static void run_route(struct ops_backend *b, const struct ops_case *c, uint32_t 
     free(table);
     free(tok);
     free(ids);
+}
+
+/* The published example: logits 1, 3, 2, -1, 2.5 choose experts 1 and 4 with these weights. */
+static void run_route_example(struct ops_backend *b, const struct ops_case *c, uint32_t dtype, struct ops_result *out)
+{
+    float x[5] = { 1, 3, 2, -1, 2.5f }, w[25] = { 0 };
+    double want_ids[2] = { 1, 4 }, want_w[2] = { 0.62245933, 0.37754067 };
+    int32_t ids[2];
+    for (int i = 0; i < 5; i++)
+        w[i * 6] = 1;
+    struct arle_moe_route_args a = {
+        .dtype = dtype, .n_tokens = 1, .n_experts = 5, .k = 2, .score = ARLE_MOE_SOFTMAX, .route_scale = 1, .x = ops_put_act(b, dtype, x, 5, NULL),
+        .ld_x = 5, .router = ops_weight(b, ARLE_W_LINEAR, ARLE_F32, w, 5, 5, 1), .ids = ops_alloc(b, 8), .weights = ops_alloc(b, 8),
+        .scratch = ops_alloc(b, 20),
+    };
+    if (a.router != NULL)
+        OPS_CALL(b, moe_route, &a);
+    ops_get(b, ids, a.ids, sizeof ids);
+    float *got = malloc(sizeof *got * 2);
+    double *wi = malloc(sizeof want_ids), *ww = malloc(sizeof want_w);
+    got[0] = (float)ids[0];
+    got[1] = (float)ids[1];
+    memcpy(wi, want_ids, sizeof want_ids);
+    memcpy(ww, want_w, sizeof want_w);
+    part(out, "ids", 2, got, wi, 0, 0);
+    part(out, "weights", 2, fetch(b, ARLE_F32, a.weights, 2), ww, 1e-6, 1e-6);
 }
 
 /* ---- experts: p = tokens, experts, k, H, I, weight dtype, flags (1 weight first, 2 accumulate, 4 shared, 8 shared gate), limit * 10 */
@@ -981,6 +1038,8 @@ const struct ops_case ops_cases[] = {
     { "embed bf16", run_embed, { 33, 64, ARLE_BF16 } },
     { "embed f32, odd width", run_embed, { 40, 37, ARLE_F32 } },
     { "embed f16", run_embed, { 17, 48, ARLE_F16 } },
+    { "embed random bf16", run_embed_random, { 21, 40, ARLE_BF16 } },
+    { "embed random f32", run_embed_random, { 21, 33, ARLE_F32 } },
     { "rmsnorm", run_rmsnorm, { 5, 1024 } },
     { "rmsnorm gathered, odd width", run_rmsnorm, { 7, 77, 1 } },
     { "rmsnorm in place", run_rmsnorm, { 3, 100, 0, 1 } },
@@ -1030,6 +1089,7 @@ const struct ops_case ops_cases[] = {
     { "gdn long", run_gdn, { 1, 2, 128, 128, 4 } },
     { "gdn odd widths", run_gdn, { 1, 3, 20, 27, 3 } },
     { "gdn extreme gates", run_gdn, { 1, 4, 64, 64, 4, 1 } },
+    { "moe_route example", run_route_example, { 0 } },
     { "moe_route softmax", run_route, { 7, 16, 3, ARLE_MOE_SOFTMAX, 0, 0 } },
     { "moe_route softmax, 130 experts", run_route, { 3, 130, 8, ARLE_MOE_SOFTMAX, 1, 0 } },
     { "moe_route sqrt softplus, table", run_route, { 9, 12, 4, ARLE_MOE_SQRTSOFTPLUS, 0, 1 } },
