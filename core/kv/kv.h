@@ -113,7 +113,8 @@ int kv_seq_park(struct kv_seq *seq);
 /** 0: back on the device; -EAGAIN: no room; -EINPROGRESS: under way. */
 int kv_seq_resume(struct kv_seq *seq);
 
-const int32_t *kv_seq_pages(const struct kv_seq *seq, uint32_t *out_n);      /* block table, host memory */
+/** Block table, host memory. Entries do not change while the sequence runs, the table only grows; kv_seq_resume makes a new one. */
+const int32_t *kv_seq_pages(const struct kv_seq *seq, uint32_t *out_n);
 int32_t kv_seq_slot(const struct kv_seq *seq);
 
 /** Handles finished moves. Returns how many sequences or promotions became ready. Never waits. */

@@ -275,6 +275,7 @@ static int seat(struct engine *e, struct seq *sq, int64_t now)
     queue_remove(e, sq);
     e->st.resumed += sq->state == SEQ_PARKED;
     sq->state = SEQ_RUNNING;
+    sq->seated = ++e->n_seated;
     sq->prio = queue_aged(e, sq, now);      /* who came in by age is not sent back by the next important one */
     run_insert(e, sq);
     return take_history(e, sq);

@@ -220,7 +220,8 @@ static int step_init(struct engine *e, struct step *s, struct arle_err *err)
 {
     s->part = calloc(e->cfg.max_seqs, sizeof *s->part);
     s->row = calloc(e->max_rows, sizeof *s->row);
-    if (s->part == NULL || s->row == NULL)
+    s->shadow = calloc(e->cfg.max_seqs, sizeof *s->shadow);
+    if (s->part == NULL || s->row == NULL || s->shadow == NULL)
         return arle_err_set(err, -ENOMEM, "no memory for step plans");
     int r = e->mem->alloc(e->dev, ARLE_MEM_PINNED, e->in_bytes, (void **)&s->in, err);
     if (r == 0)
@@ -237,6 +238,7 @@ static void step_fini(struct engine *e, struct step *s)
     if (s->out != NULL)
         e->mem->free(e->dev, ARLE_MEM_PINNED, s->out);
     free(s->part);
+    free(s->shadow);
     free(s->row);
 }
 

@@ -155,6 +155,21 @@ static int32_t *ints(struct step *s, size_t at)
     return (int32_t *)(s->in + at);
 }
 
+/* Copies what the row does not hold yet from the last time that this staging buffer was used. */
+static void write_table(struct step *s, const struct seq *sq, uint32_t i)
+{
+    uint32_t n_pages;
+    const int32_t *pages = kv_seq_pages(sq->kv, &n_pages);
+    struct shadow *was = &s->shadow[i];
+    if (n_pages > s->stride)
+        n_pages = s->stride;
+    if (was->seated != sq->seated)
+        *was = (struct shadow){ sq->seated, 0 };
+    if (was->n < n_pages)
+        memcpy(ints(s, s->at.table) + (size_t)i * s->stride + was->n, pages + was->n, (n_pages - was->n) * sizeof *pages);
+    was->n = n_pages;
+}
+
 static void write_part(struct engine *e, struct step *s, uint32_t i, uint32_t first)
 {
     const struct part *p = &s->part[i];
@@ -166,9 +181,7 @@ static void write_part(struct engine *e, struct step *s, uint32_t i, uint32_t fi
         pos[t] = (int32_t)at;
         seq_of[t] = (int32_t)i;
     }
-    uint32_t n_pages;
-    const int32_t *pages = kv_seq_pages(sq->kv, &n_pages);
-    memcpy(ints(s, s->at.table) + (size_t)i * s->stride, pages, (n_pages < s->stride ? n_pages : s->stride) * sizeof *pages);
+    write_table(s, sq, i);
     ints(s, s->at.cu)[i + 1] = (int32_t)(first + p->n);
     ints(s, s->at.ctx_len)[i] = (int32_t)(p->from + p->n);
     ints(s, s->at.slot)[i] = kv_seq_slot(sq->kv);
@@ -181,6 +194,7 @@ static void write_padding(struct step *s, uint32_t i)
     ints(s, s->at.pos)[i] = 0;
     ints(s, s->at.seq_of)[i] = (int32_t)i;
     memset(ints(s, s->at.table) + (size_t)i * s->stride, 0, s->stride * sizeof(int32_t));
+    s->shadow[i].seated = 0;
     ints(s, s->at.cu)[i + 1] = (int32_t)i + 1;
     ints(s, s->at.ctx_len)[i] = 1;
     ints(s, s->at.slot)[i] = 0;
@@ -244,6 +258,13 @@ bool plan_step(struct engine *e, struct step *s)
         s->max_ctx = widest < e->context ? (uint32_t)widest : e->context;
     }
     s->at = plan_layout(s->n_tokens, s->n_seqs, s->n_rows, s->stride, s->n_bias);
+    /* Tables come first in the buffer: a row stays where it is until tables get wider, or something else lay there.
+     * Rows that hold something are the first ones, so the scan ends at the first that holds nothing. */
+    if (s->stride != s->shadow_stride)
+        memset(s->shadow, 0, e->cfg.max_seqs * sizeof *s->shadow);
+    for (uint32_t i = s->n_seqs; i < e->cfg.max_seqs && s->shadow[i].seated != 0; i++)
+        s->shadow[i].seated = 0;
+    s->shadow_stride = s->stride;
     ints(s, s->at.cu)[0] = 0;
     uint32_t first = 0;
     for (uint32_t i = 0; i < s->n_parts; first += s->part[i++].n)

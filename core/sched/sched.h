@@ -45,6 +45,7 @@ struct seq {
     uint32_t lead_until;
     struct kv_seq *kv;
     uint64_t seed;
+    uint64_t seated;                /* number of its admission: its pages do not change, only grow, until it leaves */
     int64_t since_us;               /* submitted; its age counts from here, also after it lost its place */
     int64_t prio;                   /* aged priority when it was admitted */
     int64_t last_token_us;
@@ -98,6 +99,9 @@ struct part { struct seq *seq; uint32_t from, n; };
 /* Where the arrays of a step lie in its input buffer: one function of these sizes, so that a captured step finds them again. */
 struct layout { size_t table, ids, pos, seq_of, cu, ctx_len, slot, rows, srows, bias, end; };
 
+/* What a row of a staged block table holds: entries below n of the sequence that was admitted as number `seated`. */
+struct shadow { uint64_t seated; uint32_t n; };
+
 struct step {
     uint64_t no;
     uint32_t n_tokens, n_seqs, n_decode, n_rows;        /* as the device sees them, padding included */
@@ -107,6 +111,8 @@ struct step {
     struct layout at;
     uint32_t n_bias;
     struct part *part;              /* [max_seqs] */
+    struct shadow *shadow;          /* [max_seqs] */
+    uint32_t shadow_stride;
     struct row *row;                /* [max_rows] */
     uint8_t *in;                    /* pinned staging */
     uint8_t *out;                   /* pinned results: row results, then drafts */
@@ -148,7 +154,7 @@ struct engine {
     int32_t *hist_free; uint32_t n_hist_free;
     uint32_t bias_cap;
     struct step step[2], *prev;     /* prev: launched, not collected */
-    uint64_t step_no;
+    uint64_t step_no, n_seated;
     struct graph graph[MAX_GRAPHS]; uint32_t n_graphs;
 
     struct seq **run; uint32_t n_run;       /* by rank: priority, then arrival */

@@ -1,5 +1,5 @@
 /*
- * What the scheduler and the KV plane cost per step with 256 running sequences, and that a step allocates nothing. The
+ * What the scheduler and the KV plane cost per step with 256 running sequences, in processor time, and that a step allocates nothing. The
  * allocator is wrapped by the linker; the fake device's own time is taken off.
  */
 #include "config.h"
@@ -86,7 +86,7 @@ static void measure(bool ahead, bool prefix, uint32_t n_prompt)
     printf("# %s, prefix cache %s, %u prompt tokens, %u sequences: median %lld us, p99 %lld us per step\n", ahead ? "running ahead" : "plain",
            prefix ? "on" : "off", n_prompt, SEQS, (long long)us[STEPS / 2], (long long)us[STEPS * 99 / 100]);
 #ifndef ARLE_SANITIZED
-    EXPECT(us[STEPS / 4] <= LIMIT_US);      /* not the median: other work on the machine delays steps, never speeds them up */
+    EXPECT(us[STEPS / 10] <= LIMIT_US);     /* not the median: others on the machine take cache and clock, and never give any */
 #endif
     for (uint32_t i = 0; i < SEQS; i++)
         request_unref(rq[i]);
