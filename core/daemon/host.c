@@ -92,6 +92,7 @@ static void fill_engine_config(const struct host *h, size_t i, const char *backe
         .drafts = config_bool(cfg, s, "drafts"),
         .parity = config_bool(cfg, s, "parity"),
         .deadline_ms = config_i64(cfg, "server", "deadline"),
+        .queue_deadline_ms = config_i64(cfg, "scheduler", "max_wait"),
         .step_graphs = config_bool(cfg, "scheduler", "step_graphs"),
         .run_ahead = config_bool(cfg, "scheduler", "run_ahead"),
     };
