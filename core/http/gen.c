@@ -11,6 +11,7 @@
 #include <json-c/json.h>
 
 #include "chat/messages.h"
+#include "http/messages_in.h"
 #include "util/clock.h"
 #include "util/jfield.h"
 #include "util/log.h"
@@ -536,10 +537,23 @@ enum MHD_Result gen_continue(struct gen *g)
     return MHD_YES;
 }
 
+static int chat_of_messages(struct gen *g, struct arle_err *err)
+{
+    struct json_object *chat = NULL;
+    int r = messages_to_chat(g->body, false, &chat, err);
+    if (r < 0)
+        return r;
+    json_object_put(g->body);
+    g->body = chat;
+    return 0;
+}
+
 static int prepare(struct gen *g, struct arle_err *err)
 {
     const char *name = NULL;
     int r = body_object(g->cn, &g->body, err);
+    if (r == 0 && gen_is_messages(g))
+        r = chat_of_messages(g, err);
     if (r == 0)
         r = gen_model_name(g->body, &name, err);
     if (r == 0)
@@ -576,6 +590,8 @@ static enum MHD_Result generate(struct conn *cn, enum dialect dialect, const cha
     if (r == 0)
         r = submit(g, &retry_after_s, &err);
     if (r < 0) {
+        if (gen_is_messages(g) && strcmp(err.param, "stop") == 0)
+            snprintf(err.param, sizeof err.param, "stop_sequences");
         gen_destroy(g);
         return reply_error(cn, &err, r == -EAGAIN && retry_after_s < 1 ? 1 : retry_after_s);
     }
@@ -592,4 +608,9 @@ enum MHD_Result handle_chat(struct conn *cn)
 enum MHD_Result handle_completions(struct conn *cn)
 {
     return generate(cn, DIALECT_COMPLETIONS, "cmpl-");
+}
+
+enum MHD_Result handle_messages(struct conn *cn)
+{
+    return generate(cn, DIALECT_CHAT, "msg_");
 }

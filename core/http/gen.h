@@ -35,6 +35,7 @@ struct choice {
     struct sbuf token_ids;              /* likewise, "1,2,3" */
     int32_t *drafts; uint32_t n_drafts; /* drafts[i] is for position i + 2 */
     uint32_t n_tokens, n_reasoning;
+    int block; uint32_t n_blocks;       /* streamed messages: the open block (enum chat_event_kind, 0 none), and how many began */
 };
 
 struct sub {
@@ -68,7 +69,22 @@ struct gen {
     int64_t first_us;
 };
 
+/** Anthropic's message dialect; everything else is OpenAI's. */
+static inline bool gen_is_messages(const struct gen *g)
+{
+    return g->cn->route->messages;
+}
+
+/* gen_messages.c: what gen_write.c does, in the other dialect */
+void messages_begin(struct choice *ch);
+void messages_event(struct choice *ch, const struct chat_event *ev);
+void messages_choice_end(struct choice *ch);
+void messages_stream_end(struct gen *g);
+void messages_reply(struct gen *g, struct sbuf *out);
+
 /* gen_write.c */
+/** Room and a fresh id for call number `call` of a choice; NULL without memory. */
+struct call_text *write_open_call(struct choice *ch, uint32_t call);
 /** Chat events of a choice: collects them, or streams them. */
 void write_event(void *choice, const struct chat_event *ev);
 /** A sampled or prompt token with its logprobs, into `lp`. */

@@ -248,7 +248,7 @@ static const char *finish_name(const struct choice *ch)
 
 /* ---- tool calls ------------------------------------------------------------------------------------------------------------------------------ */
 
-static struct call_text *open_call(struct choice *ch, uint32_t call)
+struct call_text *write_open_call(struct choice *ch, uint32_t call)
 {
     if (call >= ch->n_calls) {
         struct call_text *p = realloc(ch->calls, (call + 1) * sizeof *p);
@@ -310,6 +310,10 @@ static void chunk_close(struct choice *ch, const char *finish, bool with_ids)
 void write_choice_begin(struct choice *ch)
 {
     struct gen *g = ch->g;
+    if (gen_is_messages(g)) {
+        messages_begin(ch);
+        return;
+    }
     if (ch->begun)
         return;
     ch->begun = true;
@@ -344,10 +348,14 @@ static void stream_event(struct choice *ch, const struct chat_event *ev)
 {
     struct gen *g = ch->g;
     struct call_text *c;
+    if (gen_is_messages(g)) {
+        messages_event(ch, ev);
+        return;
+    }
     write_choice_begin(ch);
     if (ev->kind == CHAT_CALL_END)
         return;
-    if (ev->kind == CHAT_CALL_START && (c = open_call(ch, ev->call)) != NULL)
+    if (ev->kind == CHAT_CALL_START && (c = write_open_call(ch, ev->call)) != NULL)
         sbuf_add(&c->name, ev->text, ev->len);
     struct sbuf *b = chunk_open(ch);
     switch (ev->kind) {
@@ -383,6 +391,10 @@ void write_choice_rest(struct choice *ch)
 
 void write_choice_end(struct choice *ch)
 {
+    if (gen_is_messages(ch->g)) {
+        messages_choice_end(ch);
+        return;
+    }
     write_choice_begin(ch);
     struct sbuf *b = chunk_open(ch);
     sbuf_str(b, ch->g->dialect == DIALECT_CHAT ? ",\"delta\":{}" : ",\"text\":\"\"");
@@ -391,6 +403,10 @@ void write_choice_end(struct choice *ch)
 
 void write_stream_end(struct gen *g)
 {
+    if (gen_is_messages(g)) {
+        messages_stream_end(g);
+        return;
+    }
     if (g->failed.code != 0) {
         sbuf_str(&g->out, "data: ");
         error_json(&g->out, &g->failed);
@@ -423,7 +439,7 @@ void write_event(void *choice, const struct chat_event *ev)
         sbuf_add(&ch->content, ev->text, ev->len);
         break;
     case CHAT_CALL_START:
-        c = open_call(ch, ev->call);
+        c = write_open_call(ch, ev->call);
         if (c != NULL)
             sbuf_add(&c->name, ev->text, ev->len);
         break;
@@ -508,6 +524,10 @@ static void put_choice(struct gen *g, struct sbuf *b, struct choice *ch)
 
 void write_reply(struct gen *g, struct sbuf *out)
 {
+    if (gen_is_messages(g)) {
+        messages_reply(g, out);
+        return;
+    }
     put_head(g, out, false);
     sbuf_str(out, ",\"choices\":[");
     for (uint32_t i = 0; i < g->n_choices; i++)

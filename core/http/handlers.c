@@ -9,11 +9,14 @@
 #include "config/config.h"
 #include "http/internal.h"
 #include "http/json_in.h"
+#include "http/messages_in.h"
 #include "util/jfield.h"
 
 const struct route http_routes[] = {
     { "POST", "/v1/chat/completions", handle_chat, .generates = true },
     { "POST", "/v1/completions", handle_completions, .generates = true },
+    { "POST", "/v1/messages", handle_messages, .generates = true, .messages = true },
+    { "POST", "/v1/messages/count_tokens", handle_count_tokens, .messages = true },
     { "GET", "/v1/models", handle_models },
     { "GET", "/v1/models/*", handle_model },
     { "POST", "/v1/render", handle_render },
@@ -199,6 +202,26 @@ enum MHD_Result handle_tokenize(struct conn *cn)
         sbuf_char(&b, '}');
     }
     prompt_fini(&p);
+    json_object_put(body);
+    return r < 0 ? reply_error(cn, &err, 0) : reply_json(cn, 200, &b);
+}
+
+enum MHD_Result handle_count_tokens(struct conn *cn)
+{
+    struct arle_err err = ARLE_ERR_INIT;
+    struct json_object *body = NULL, *chat = NULL;
+    struct served_model *m;
+    struct prompt p = { 0 };
+    struct sbuf b = SBUF_INIT;
+    int r = open_body(cn, &body, &m, &err);
+    if (r == 0)
+        r = messages_to_chat(body, true, &chat, &err);
+    if (r == 0)
+        r = render_body(&p, m, chat, &err);
+    if (r == 0)
+        sbuf_fmt(&b, "{\"input_tokens\":%zu}", p.ids.n);
+    prompt_fini(&p);
+    json_object_put(chat);
     json_object_put(body);
     return r < 0 ? reply_error(cn, &err, 0) : reply_json(cn, 200, &b);
 }

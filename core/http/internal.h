@@ -106,6 +106,7 @@ struct route {
     enum MHD_Result (*handle)(struct conn *cn);
     bool open;                      /* needs no key */
     bool generates;                 /* refused while draining */
+    bool messages;                  /* errors and replies in Anthropic's shape */
 };
 extern const struct route http_routes[];
 
@@ -139,6 +140,8 @@ void reply_headers(struct conn *cn, struct MHD_Response *resp);
 /** Appends {"error":{...}} for err. */
 void error_json(struct sbuf *out, const struct arle_err *err);
 int error_status(const struct arle_err *err);
+/** As error_json, in Anthropic's shape (gen_messages.c). */
+void messages_error(struct sbuf *out, const struct arle_err *err);
 /** Counts and logs a finished reply, once. */
 void conn_done(struct conn *cn);
 
@@ -146,6 +149,8 @@ void conn_done(struct conn *cn);
 
 enum MHD_Result handle_chat(struct conn *cn);
 enum MHD_Result handle_completions(struct conn *cn);
+enum MHD_Result handle_messages(struct conn *cn);
+enum MHD_Result handle_count_tokens(struct conn *cn);
 enum MHD_Result handle_models(struct conn *cn);
 enum MHD_Result handle_model(struct conn *cn);
 enum MHD_Result handle_health(struct conn *cn);

@@ -129,7 +129,10 @@ enum MHD_Result reply_text(struct conn *cn, int status, const char *type, struct
 enum MHD_Result reply_error(struct conn *cn, const struct arle_err *err, int retry_after_s)
 {
     struct sbuf out = SBUF_INIT;
-    error_json(&out, err);
+    if (cn->route != NULL && cn->route->messages)
+        messages_error(&out, err);
+    else
+        error_json(&out, err);
     return queue(cn, error_status(err), "application/json", &out, retry_after_s);
 }
 

@@ -38,6 +38,7 @@ def fields():
     both = first_cells(section("Fields of both generation endpoints"))
     equal(both, common, "fields of both endpoints")
     equal(first_cells(section("Fields of chat completions")), strings_of(text, "chat_fields"), "fields of chats")
+    equal(first_cells(section("Fields of messages")), strings_of(source("core/http/messages_in.c"), "message_fields"), "fields of messages")
     equal(first_cells(section("Fields of completions")), strings_of(text, "completion_fields"), "fields of completions")
 
 
