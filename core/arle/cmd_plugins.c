@@ -104,13 +104,14 @@ static int run_plugins(const struct args *args)
     int status = cmd_config(args, true, &cfg);
     if (status != 0)
         return status;
-    status = check ? (conform_file(args->rest[1], cfg, stdout) == 0 ? EXIT_OK : EXIT_FAILED) : list(args, cfg);
+    status = check ? (conform_file(args->rest[1], cfg, args_str(args, "model"), stdout) == 0 ? EXIT_OK : EXIT_FAILED) : list(args, cfg);
     config_close(cfg);
     return status;
 }
 
 static const struct option_row options[] = {
     { "json", 0, NULL, "Prints everything that is known, as a JSON array." },
+    { "model", 'm', "DIR", "With check: a checkpoint that the model plugin must load." },
     { "keys", 0, NULL, "Lists the configuration keys of each plugin, too." },
     { NULL, 0, NULL, NULL },
 };

@@ -131,9 +131,9 @@ static void run_child(struct conform *c, const char *path)
     conform_case(c, false, "contract tests run to their end", why);
 }
 
-int conform_file(const char *path, const struct config *cfg, FILE *out)
+int conform_file(const char *path, const struct config *cfg, const char *model_dir, FILE *out)
 {
-    struct conform c = { .out = out, .cfg = cfg };
+    struct conform c = { .out = out, .cfg = cfg, .model_dir = model_dir };
     struct plugin *p = NULL;
     struct arle_err err = ARLE_ERR_INIT;
     if (plugin_judge_file(path, config_i64(cfg, "plugins", "probe_timeout"), &p, &err) < 0) {

@@ -74,4 +74,8 @@ void conform_model(struct conform *c)
 {
     garbage(c);
     chat(c);
+    if (c->model_dir != NULL)
+        conform_checkpoint(c, c->model_dir);
+    else
+        conform_skip(c, "loading a checkpoint", "none was given (--model DIR)");
 }

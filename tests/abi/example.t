@@ -26,12 +26,13 @@ MAKEFLAGS= make -C "$tmp/ext" CFLAGS="-O1 -Werror ${ARLE_EXAMPLE_CFLAGS:-}" >"$t
 ok $? "the example builds outside the tree" "$tmp/log"
 MAKEFLAGS= make -C "$tmp/ext" install DESTDIR="$tmp/root" PLUGIN_DIR=/plugins >"$tmp/log" 2>&1 && [ -f "$tmp/root/plugins/model-tiny-trigram.so" ]
 ok $? "it installs" "$tmp/log"
-"$bld/arle" plugins check "$tmp/ext/model-tiny-trigram.so" --plugin-dir "$bld/.plugins" >"$tmp/log" 2>&1
-ok $? "it passes the conformance kit" "$tmp/log"
-
 dirs=$tmp/root/plugins:$bld/.plugins
 python3 "$tmp/ext/make_checkpoint.py" "$tmp/tiny" "$src/models/qwen35-tiny/tokenizer.json" >"$tmp/log" 2>&1
 ok $? "its checkpoint is written" "$tmp/log"
+with=
+[ ! -f "$bld/.plugins/backend-cpu.so" ] || with="--model $tmp/tiny"
+"$bld/arle" plugins check "$tmp/ext/model-tiny-trigram.so" --plugin-dir "$bld/.plugins" $with >"$tmp/log" 2>&1
+ok $? "it passes the conformance kit" "$tmp/log"
 if ! ls "$bld"/.plugins/backend-cpu.so >/dev/null 2>&1; then
     skip "doctor finds the model served by the example" "no backend is built"
 else

@@ -308,7 +308,7 @@ static int kit(const char *built, char *out, size_t cap)
         return -1;
     snprintf(path, sizeof path, "%s/%s.so", dir, built);
     FILE *f = tmpfile();
-    int failed = conform_file(path, cfg, f);
+    int failed = conform_file(path, cfg, NULL, f);
     rewind(f);
     size_t n = fread(out, 1, cap - 1, f);
     out[n] = '\0';
