@@ -30,16 +30,19 @@ while read -r c; do "$arle" help "$c"; done <"$tmp/commands" >"$tmp/help"
 [ ! -x "$bld/arlectl" ] || "$bld/arlectl" --help >>"$tmp/help" 2>&1
 [ -x "$bld/arled" ] || echo "--check-config" >>"$tmp/help"
 echo "--version" >>"$tmp/help"
-for page in "$src/docs/configuration.md" "$src/docs/plugins.md" "$src/docs/man/arled.8.in" "$bld/docs/man/arle.1" "$bld/etc/arle.bash"; do
+for page in "$src/docs/configuration.md" "$src/docs/plugins.md" "$src/docs/man/arled.8.in" "$src/docs/man/arlectl.8.in" "$bld/docs/man/arle.1" "$bld/etc/arle.bash"; do
     wrong=$(sed 's/\\-/-/g' "$page" | grep -oE '(^|[^-a-zA-Z0-9])--[a-z][a-z-]+' | grep -oE '[-][-][a-z-]+' | sort -u | while read -r o; do
         grep -qE -- "$o([^-a-z]|\$)" "$tmp/help" || echo "$o"; done)
     [ -z "$wrong" ]; ok $? "options that $(basename "$page") names exist $wrong"
 done
-if [ -x "$bld/arled" ]; then
-    missing=$("$bld/arled" --help | grep -oE '[-][-][a-z-]+' | sort -u | while read -r o; do
-        sed 's/\\-/-/g' "$src/docs/man/arled.8.in" | grep -qE -- "$o([^-a-z]|\$)" || echo "$o"; done)
-    [ -z "$missing" ]; ok $? "arled(8) has every option of arled $missing"
-fi
+for prog in arled arlectl; do
+    [ -x "$bld/$prog" ] || continue
+    page=$src/docs/man/$prog.8.in
+    missing=$("$bld/$prog" --help | grep -oE '^ *(-., )?[-][-][a-z-]+' | grep -oE '[-][-][a-z-]+' | sort -u | while read -r o; do
+        sed 's/\\-/-/g' "$page" | grep -qE -- "$o([^-a-z]|\$)" || echo "$o"; done
+        "$bld/$prog" --help | sed -n '/^commands:/,/^$/s/^  \([a-z]*\) .*/\1/p' | while read -r c; do grep -qE "(^\.B |fB)$c" "$page" || echo "$c"; done)
+    [ -z "$missing" ]; ok $? "$prog(8) has every option and command of $prog $missing"
+done
 
 bash -n "$bld/etc/arle.bash" 2>/dev/null; ok $? "the completion is a shell script"
 out=$(bash -c ". '$bld/etc/arle.bash'; COMP_WORDS=(arle plugins --js); COMP_CWORD=2; _arle; echo \${COMPREPLY[*]}" 2>/dev/null)
