@@ -461,7 +461,7 @@ const struct arle_output_syntax *ds_chat_syntax(void *ctx)
 {
     static const struct arle_output_syntax syntax = {
         .struct_size = sizeof syntax, .reason_open = T_THINK, .reason_close = T_UNTHINK,
-        .section_open = "\n\n<" DSML "tool_calls>", .section_close = "</" DSML "tool_calls>",
+        .section_open = "<" DSML "tool_calls>", .section_close = "</" DSML "tool_calls>",
         .call_open = "<" DSML "invoke name=\"", .name_end = "\">", .call_close = "</" DSML "invoke>",
         .param_open = "<" DSML "parameter name=\"", .key_end = "\"", .param_close = "</" DSML "parameter>",
         .typed_open = "\" string=\"", .typed_end = "\">",

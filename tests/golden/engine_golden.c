@@ -1,13 +1,14 @@
 /*
  * The trained checkpoints through the engine on the CPU, in f32: prompt log-probabilities, greedy tokens and drafts of the
  * reference; and the same bits whether a sequence runs alone or among others, in large or small chunks, cold or from the
- * prefix cache, undisturbed or after it lost its pages.
+ * prefix cache at any position, undisturbed or after it lost its pages.
  */
 #include "plugin/registry.h"
 #include "sched/engine.h"
 #include "tap.h"
 #include <json-c/json.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #define MAX_CASES 32
 #define MAX_NEW 48
@@ -229,6 +230,76 @@ static void scarce(void)
     EXPECT_EQ(st.errors, 0);
 }
 
+#define RESUME_NEW 4
+
+/* One request to its end. salt keeps it from what others remembered. */
+static void ask(struct engine *e, const int32_t *ids, uint32_t n, uint32_t max_new, const char *salt, struct answer *out)
+{
+    struct request *rq = NULL;
+    struct request_args a = { .tokens = ids, .n_tokens = n, .max_new = max_new, .n = 1, .ignore_eos = true, .cache_salt = salt,
+                              .sampling = { .top_p = 1, .repetition = 1, .want_logprobs = true, .n_top = 20 } };
+    memset(out, 0, sizeof *out);
+    if (engine_submit(e, &a, &rq, NULL, &err) < 0) {
+        TAP_FAIL("submit: %s", err.msg);
+        return;
+    }
+    struct request_usage u;
+    for (int idle = 0; idle < 5000 && !request_usage(rq, &u);)      /* moves between tiers run on a thread of their own */
+        if (engine_turn(e) <= 0 && ++idle)
+            usleep(1000);
+    drain(rq, out);
+    request_unref(rq);
+}
+
+static bool same_answer(const struct answer *a, const struct answer *b)
+{
+    return a->n == b->n && memcmp(a->ids, b->ids, sizeof a->ids) == 0 && memcmp(a->lp, b->lp, sizeof a->lp) == 0
+        && memcmp(a->top, b->top, sizeof a->top) == 0 && memcmp(a->top_lp, b->top_lp, sizeof a->top_lp) == 0;
+}
+
+static const struct gcase *longest_case(void)
+{
+    const struct gcase *c = &cases[0];
+    for (uint32_t i = 1; i < n_cases; i++)
+        if (cases[i].n > c->n)
+            c = &cases[i];
+    return c;
+}
+
+/* A prompt is remembered up to position p, then a longer one continues from there: the bits of a cold run, from exactly p. */
+static void resume_anywhere(void)
+{
+    struct engine_config c = plain_config();
+    struct engine *cold = NULL, *warm = NULL;
+    const struct gcase *g = longest_case();
+    struct answer want, got;
+    uint32_t n = g->n < 300 ? g->n : 300, resumed = 0;
+    c.context = 512;
+    REQUIRE(engine_open(&cold, &c, backend->ops, backend->ctx, 0, model->ops, model->ctx, &err) == 0);
+    ask(cold, g->ids, n, RESUME_NEW, NULL, &want);
+    engine_close(cold);
+    EXPECT_EQ(want.n, RESUME_NEW);
+    c.prefix_cache = true;
+    c.kv_snapshot_bytes = 256 << 20;
+    REQUIRE(engine_open(&warm, &c, backend->ops, backend->ctx, 0, model->ops, model->ctx, &err) == 0);
+    for (uint32_t p = 1; p < n; p++) {
+        char salt[16];
+        if (p % 13 != 0 && p % 32 > 1 && p % 64 != 63)
+            continue;               /* every alignment to groups of entries and pages */
+        snprintf(salt, sizeof salt, "%u", p);
+        ask(warm, g->ids, p, 1, salt, &got);
+        EXPECT_EQ(got.cached, 0);
+        ask(warm, g->ids, n, RESUME_NEW, salt, &got);
+        EXPECT_EQ(got.cached, p);
+        resumed += got.cached == p;
+        if (!same_answer(&want, &got))
+            TAP_FAIL("%s: resumed at %u of %u: other bits", g->name, p, n);
+    }
+    printf("# resumed at %u positions\n", resumed);
+    EXPECT(resumed > 20);
+    engine_close(warm);
+}
+
 static void checkpoint(const char *name)
 {
     char label[100];
@@ -243,6 +314,8 @@ static void checkpoint(const char *name)
     tap_run(label, invariance);
     snprintf(label, sizeof label, "%s: same bits when pages are scarce", name);
     tap_run(label, scarce);
+    snprintf(label, sizeof label, "%s: resumed anywhere, the same bits", name);
+    tap_run(label, resume_anywhere);
 }
 
 int main(void)
