@@ -31,7 +31,7 @@ struct bench {
 int bench_need_model(struct bench *b);
 /** An engine that the caller turns by hand, without prefix cache unless asked for. */
 int bench_engine(struct bench *b, uint32_t max_seqs, uint32_t context, bool prefix, struct engine **out);
-/** Measures the device's ceilings once. */
+/** Measures the device's ceilings and keeps the best so far: asked before and after a run, since other work disturbs both. */
 int bench_ceilings(struct bench *b);
 
 /* A line: begin, add, print. */

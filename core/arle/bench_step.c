@@ -72,8 +72,9 @@ static int step_case(struct bench *b, struct engine *e, uint32_t batch, uint32_t
         us[i] = (double)(clock_mono_us() - t0);
     }
     engine_stat(e, &st);
-    if (ok) {
+    if (ok && bench_ceilings(b) == 0) {
         json_object *o = bench_line(b, "step");
+        json_object_object_add(o, "compute", json_object_new_string(engine_compute(e)));
         bench_add(o, "batch", batch);
         bench_add(o, "context", context);
         bench_add(o, "warmups", (double)b->warmups);
@@ -156,8 +157,11 @@ static int prefill_case(struct bench *b, struct engine *e, uint32_t n)
         bench_prompt(prompt, n, (uint64_t)i + 1000, d->n_valid);
         status = prefill_once(e, prompt, n, &us[i]);
     }
+    if (status == 0)
+        status = bench_ceilings(b);
     if (status == 0) {
         json_object *o = bench_line(b, "prefill");
+        json_object_object_add(o, "compute", json_object_new_string(engine_compute(e)));
         bench_add(o, "prompt", n);
         bench_add(o, "chunk", (double)b->chunk);
         bench_add(o, "warmups", (double)b->warmups);

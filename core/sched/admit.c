@@ -9,6 +9,10 @@
 #include "util/log.h"
 #include <string.h>
 
+#define GROWTH_MIN 16u
+#define GROWTH_MAX 1024u
+#define GROWTH_STEPS 64u
+
 /* ---- ends ---- */
 
 void seq_flush_events(struct engine *e)
@@ -162,6 +166,46 @@ void seq_all_fail(struct engine *e, enum finish_reason why, int error)
         seq_finish(e, e->wait_head, why, error);
 }
 
+/* ---- headroom ---- */
+
+/*
+ * Answers grow after they were admitted. How many pages to leave for that is learned: after each time that pages ran out twice
+ * as much is left per running answer, and it shrinks while they do not. A pool that suffices is used to its last page.
+ */
+static void headroom_learn(struct engine *e)
+{
+    e->growth = e->growth == 0 ? GROWTH_MIN : e->growth < GROWTH_MAX ? e->growth * 2 : e->growth;
+    e->growth_step = e->st.steps;
+}
+
+static uint64_t growth_pages(const struct engine *e, const struct seq *sq)
+{
+    uint32_t left = sq->n_limit - sq->n_tokens, room = left < e->growth ? left : e->growth;
+    return (room / 2 + e->page_tokens - 1) / e->page_tokens;        /* half: they end at different times */
+}
+
+/* Pages that may be given to newcomers now. */
+static int64_t headroom(struct engine *e)
+{
+    struct kv_stats st;
+    uint64_t keep = 0;
+    if (e->growth > 0 && e->st.steps - e->growth_step > GROWTH_STEPS) {
+        e->growth = e->growth > GROWTH_MIN ? e->growth / 2 : 0;
+        e->growth_step = e->st.steps;
+    }
+    if (e->growth == 0 || e->n_run == 0)
+        return INT64_MAX;
+    for (uint32_t i = 0; i < e->n_run; i++)
+        keep += growth_pages(e, e->run[i]);
+    kv_stat(e->kv, &st);
+    return (int64_t)(st.pages_free + st.pages_cached) - (int64_t)keep;
+}
+
+static int64_t pages_wanted(const struct engine *e, const struct seq *sq)
+{
+    return (int64_t)((sq->n_tokens + e->page_tokens - 1) / e->page_tokens + growth_pages(e, sq));
+}
+
 /* ---- moving away ---- */
 
 /* Parks a running sequence, or gives its pages up to be computed again. Reads the newest step's results first if it is in it. */
@@ -199,6 +243,8 @@ bool admit_reserve(struct engine *e)
         }
         int r = kv_seq_reserve(sq->kv, sq->n_computed + 1);
         if (r == -EAGAIN && e->n_run > 1) {
+            if (!e->hold)
+                headroom_learn(e);
             preempt(e, e->run[e->n_run - 1]);
             e->hold = true;
             i = 0;      /* ends may have been read meanwhile */
@@ -296,6 +342,7 @@ void admit(struct engine *e)
         return;
     e->admit_again = false;
     int64_t now = engine_now(e);
+    int64_t room = headroom(e);
     struct seq *sq;
     while ((sq = queue_best(e, now)) != NULL) {
         /* After pages ran out, those who run keep what becomes free; else the newcomer would be the next one to be moved away. */
@@ -303,7 +350,9 @@ void admit(struct engine *e)
             break;
         if (e->n_run < e->cfg.max_seqs && queue_follow(e, sq))
             continue;
-        int r = seat(e, sq, now);
+        int r = room < INT64_MAX && e->n_run > 0 && room < pages_wanted(e, sq) ? -EAGAIN : seat(e, sq, now);
+        if (r == 0 && room < INT64_MAX)
+            room -= pages_wanted(e, sq);
         if (r == -EINPROGRESS) {
             sq->moving = e->moving = true;
         } else if (r == -EAGAIN) {

@@ -82,6 +82,11 @@ const struct generation_defaults *engine_defaults(const struct engine *e)
     return &e->gen;
 }
 
+const char *engine_compute(const struct engine *e)
+{
+    return e->compute == ARLE_BF16 ? "bf16" : "f32";
+}
+
 uint32_t engine_context(const struct engine *e)
 {
     return e->context;

@@ -129,6 +129,7 @@ void engine_close(struct engine *e);
 const struct arle_model_desc *engine_model(const struct engine *e);
 /** Positions a request may use: the model's context, or less when the page pool cannot hold one sequence of that length. */
 uint32_t engine_context(const struct engine *e);
+const char *engine_compute(const struct engine *e);      /* "f32" or "bf16" */
 /** Cancels the request of that id if it is still here. Any thread. -ENOMEM, else 0 (it may have ended meanwhile). */
 int engine_cancel(struct engine *e, uint64_t id);
 /** Manual mode: one turn of the loop, at most one step. 1: something was done, 0: idle, -EIO: dead. */
@@ -154,6 +155,7 @@ struct engine_stats {
     bool dead;
     char dead_reason[256];
     uint64_t completion_tokens, slow_steps, resumed, recomputed_tokens;
+    int64_t longest_gap_us;                 /* longest time between two tokens of an answer so far, preemption included */
     uint64_t collect_us_sum;                /* time spent waiting for steps */
     int64_t step_age_us;                    /* how long the step that is waited for has been running; 0 when none is */
     bool stalled;                           /* step_age_us is past the watchdog */

@@ -481,7 +481,7 @@ int engine_open(struct engine **out, const struct engine_config *cfg, const stru
         return r;
     }
     log_info("sched", "open", "model=%s device=\"%s\" compute=%s context=%u seqs=%u step_tokens=%u pages=%u page_tokens=%u ahead=%d graphs=%d",
-             e->name, e->info.name, e->compute == ARLE_BF16 ? "bf16" : "f32", e->context, e->cfg.max_seqs, e->cfg.max_tokens, e->n_pages,
+             e->name, e->info.name, engine_compute(e), e->context, e->cfg.max_seqs, e->cfg.max_tokens, e->n_pages,
              e->page_tokens, e->ahead, e->graphs_on);
     *out = e;
     return 0;

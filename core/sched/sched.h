@@ -163,6 +163,8 @@ struct engine {
     struct request **touched; uint32_t n_touched, cap_touched;
     struct seq *done_head;          /* done, their KV sequence still open */
     bool admit_again;               /* something changed since admission last failed */
+    uint32_t growth;                /* tokens that each running answer should find pages for; learned, see admit.c */
+    uint64_t growth_step;           /* when it last changed */
     bool hold;                      /* pages ran out: nobody new before somebody leaves */
     bool moving;                    /* someone waits for a tier */
     uint32_t n_followers;           /* waiting answers with a leader */

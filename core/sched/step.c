@@ -236,6 +236,8 @@ static void count_token(struct engine *e, struct seq *sq, int64_t now)
         hist_add(&e->hists.first_token, rq->usage.first_token_us);
     } else if (sq->last_token_us != 0) {
         hist_add(&e->hists.inter_token, now - sq->last_token_us);
+        if (now - sq->last_token_us > e->st.longest_gap_us)
+            e->st.longest_gap_us = now - sq->last_token_us;
     }
     sq->last_token_us = now;
     queue_charge(e, sq, 1);

@@ -319,7 +319,7 @@ static void check_stat(const struct engine_stats *st, char *save)
     const struct { const char *name; uint64_t value; } fields[] = {
         { "steps", st->steps }, { "preempted", st->preempted }, { "resumed", st->resumed }, { "recomputed", st->recomputed_tokens },
         { "finished", st->finished }, { "cancelled", st->cancelled }, { "rejected", st->rejected }, { "errors", st->errors },
-        { "prefill", st->prefill_tokens }, { "tokens", st->completion_tokens }, { "end_us", (uint64_t)fake_clock(&dev) },
+        { "prefill", st->prefill_tokens }, { "tokens", st->completion_tokens }, { "end_us", (uint64_t)fake_clock(&dev) }, { "gap_us", (uint64_t)st->longest_gap_us },
     };
     const char *name = strtok_r(NULL, " ", &save), *op = strtok_r(NULL, " ", &save);
     uint64_t want = strtoull(strtok_r(NULL, " ", &save), NULL, 10);
@@ -410,6 +410,10 @@ static void play(const char *path, bool async, bool ahead)
     check_nothing_leaked(e);
     engine_stat(e, &st);
     judge(&st, !async);
+    if (getenv("SCN_TRACE") != NULL)
+        printf("# steps=%llu preempted=%llu resumed=%llu recomputed=%llu prefill=%llu end_us=%lld gap_us=%lld\n", (unsigned long long)st.steps,
+               (unsigned long long)st.preempted, (unsigned long long)st.resumed, (unsigned long long)st.recomputed_tokens,
+               (unsigned long long)st.prefill_tokens, (long long)fake_clock(&dev), (long long)st.longest_gap_us);
     if (tap_case_failed || getenv("SCN_TRACE") != NULL)
         for (uint32_t i = 0; i < n_trace && i < 24; i++)
             printf("# %u %s\n", i + 1, trace[i]);
