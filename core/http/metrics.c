@@ -69,6 +69,13 @@ static void put_status_counts(struct sbuf *b, struct http_server *srv)
     X("arle_engine_rejected_total", "counter", "Requests refused because the queue was full.", st.rejected) \
     X("arle_engine_errors_total", "counter", "Requests that ended with an error.", st.errors) \
     X("arle_engine_preempted_total", "counter", "Sequences preempted.", st.preempted) \
+    X("arle_engine_resumed_total", "counter", "Parked sequences that came back.", st.resumed) \
+    X("arle_engine_recomputed_tokens_total", "counter", "Tokens computed again after a preemption.", st.recomputed_tokens) \
+    X("arle_engine_slow_steps_total", "counter", "Steps longer than the watchdog allows.", st.slow_steps) \
+    X("arle_engine_stalled", "gauge", "1 while a step is longer than the watchdog allows.", st.stalled) \
+    X("arle_engine_longest_gap_seconds", "gauge", "Longest time between two tokens of an answer.", (double)st.longest_gap_us / 1e6) \
+    X("arle_engine_ahead_steps_total", "counter", "Steps launched while another one ran.", st.ahead_steps) \
+    X("arle_engine_graph_captures_total", "counter", "Step shapes captured.", st.graph_captures) \
     X("arle_engine_graph_launches_total", "counter", "Step graphs launched.", st.graph_launches) \
     X("arle_engine_step_seconds_total", "counter", "Time in steps.", (double)st.step_us_sum / 1e6) \
     X("arle_engine_plan_seconds_total", "counter", "Time planning steps.", (double)st.plan_us_sum / 1e6) \
@@ -108,6 +115,41 @@ static void put_engines(struct sbuf *b, struct http_server *srv)
 #undef ROW
 }
 
+static void put_buckets(struct sbuf *b, const char *name, const char *model, const struct hist *h)
+{
+    uint64_t sum = 0;
+    for (int i = 0; i < HIST_BUCKETS; i++) {
+        sum += h->bucket[i];
+        sbuf_fmt(b, "%s_bucket{model=", name);
+        sbuf_json_cstr(b, model);
+        if (i < HIST_BUCKETS - 1)
+            sbuf_fmt(b, ",le=\"%g\"} %llu\n", (double)hist_bounds_us[i] / 1e6, (unsigned long long)sum);
+        else
+            sbuf_fmt(b, ",le=\"+Inf\"} %llu\n", (unsigned long long)sum);
+    }
+    sbuf_fmt(b, "%s_sum{model=", name);
+    sbuf_json_cstr(b, model);
+    sbuf_fmt(b, "} %.6f\n%s_count{model=", (double)h->sum_us / 1e6, name);
+    sbuf_json_cstr(b, model);
+    sbuf_fmt(b, "} %llu\n", (unsigned long long)h->count);
+}
+
+static void put_engine_hists(struct sbuf *b, struct http_server *srv)
+{
+#define HIST(field, metric, help) \
+    put_head(b, metric, "histogram", help); \
+    for (size_t i = 0; i < srv->n_models; i++) { \
+        struct engine_hists hs; \
+        engine_hist(srv->models[i]->engine, &hs); \
+        put_buckets(b, metric, srv->models[i]->name, &hs.field); \
+    }
+    HIST(first_token, "arle_engine_first_token_seconds", "From submission to the first token.")
+    HIST(inter_token, "arle_engine_inter_token_seconds", "Between two tokens of one answer.")
+    HIST(queue, "arle_engine_queue_seconds", "From submission to admission.")
+    HIST(step, "arle_engine_step_latency_seconds", "From the launch of a step to its results.")
+#undef HIST
+}
+
 enum MHD_Result handle_metrics(struct conn *cn)
 {
     struct http_server *srv = cn->srv;
@@ -125,5 +167,6 @@ enum MHD_Result handle_metrics(struct conn *cn)
     put_histogram(&b, "arle_request_seconds", "From the request's arrival to its end.", &srv->total);
     put_status_counts(&b, srv);
     put_engines(&b, srv);
+    put_engine_hists(&b, srv);
     return reply_text(cn, 200, "text/plain; version=0.0.4; charset=utf-8", &b);
 }
