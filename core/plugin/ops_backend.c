@@ -302,7 +302,8 @@ struct arle_weight *ops_weight(struct ops_backend *b, uint32_t role, uint32_t w_
 {
     struct arle_weight_part part, parts[64];
     struct arle_tensor t, scale = { 0 };
-    struct arle_weight_desc d = { .struct_size = sizeof d, .role = role, .n_experts = n_experts, .parts = parts, .k = k, .name = "test" };
+    struct arle_weight_desc d = { .struct_size = sizeof d, .role = role, .n_experts = n_experts, .parts = parts, .k = k, .act_quant = b->act_quant,
+                                  .name = "test" };
     struct arle_err err = ARLE_ERR_INIT;
     struct arle_weight *w = NULL;
     bool gate = role == ARLE_W_GATE_UP || role == ARLE_W_EXPERTS_GATE_UP;

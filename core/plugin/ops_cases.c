@@ -169,6 +169,48 @@ static void run_linear(struct ops_backend *b, const struct ops_case *c, uint32_t
     free(nw);
 }
 
+/* ---- linear with quantised activations: p = tokens, N, K, weight dtype -------------------------------------------------- */
+
+/* A block of up to 128 values on the E4M3 grid of its power-of-two scale. */
+static void to_grid(float *x, int64_t n)
+{
+    double amax = 1e-4;
+    for (int64_t i = 0; i < n; i++)
+        amax = fabs(x[i]) > amax ? fabs(x[i]) : amax;
+    double s = exp2(ceil(log2(amax / 448)));
+    for (int64_t i = 0; i < n; i++) {
+        double a = fabs(x[i]) / s, unit = a < 0x1p-6 ? 0x1p-9 : exp2(floor(log2(a)) - 3), q = rint(a / unit) * unit;
+        x[i] = (float)((x[i] < 0 ? -1 : 1) * (q > 448 ? 448 : q) * s);
+    }
+}
+
+static void run_linear_quant(struct ops_backend *b, const struct ops_case *c, uint32_t dtype, struct ops_result *out)
+{
+    int64_t t = c->p[0], n = c->p[1], k = c->p[2];
+    float *x = randoms(16, t * k, 1), *w = randoms(17, n * k, 1);
+    x[0] = 448;                                     /* the largest value that still has scale 1 */
+    for (int64_t i = 0; i < k; i++)
+        x[(t - 1) * k + i] *= i < 128 ? 1e-6f : 300;        /* below the floor of the scale; and large */
+    b->act_quant = 1;
+    struct arle_weight *pw = ops_weight(b, ARLE_W_LINEAR, (uint32_t)c->p[3], w, n, k, 1);
+    b->act_quant = 0;
+    void *y = ops_alloc(b, (size_t)(t * n) * 4);
+    struct arle_linear_args a = { .dtype = dtype, .out_dtype = ARLE_F32, .n_tokens = (uint32_t)t, .x = ops_put_act(b, dtype, x, t * k, x), .ld_x = k,
+                                  .w = pw, .y = y, .ld_y = n };
+    if (pw != NULL)
+        OPS_CALL(b, linear, &a);
+    double *want = malloc((size_t)(t * n) * sizeof *want);
+    for (int64_t r = 0; r < t; r++) {
+        for (int64_t i = 0; i < k; i += 128)
+            to_grid(x + r * k + i, k - i < 128 ? k - i : 128);
+        for (int64_t i = 0; i < n; i++)
+            want[r * n + i] = dotd(x + r * k, w + i * k, k);
+    }
+    part(out, "y", t * n, fetch(b, ARLE_F32, y, t * n), want, 1e-5, 1e-5);
+    free(x);
+    free(w);
+}
+
 /* ---- silu_mul: p = tokens, dim, limit * 10 ---------------------------------------------------------------------------- */
 
 static void run_silu_mul(struct ops_backend *b, const struct ops_case *c, uint32_t dtype, struct ops_result *out)
@@ -1059,6 +1101,8 @@ const struct ops_case ops_cases[] = {
     { "linear 25 rows", run_linear, { 25, 144, 160, ARLE_BF16, 0, 1 } },
     { "linear 70 rows", run_linear, { 70, 100, 1030, ARLE_BF16 } },
     { "linear tiny", run_linear, { 1, 1, 1, ARLE_BF16 } },
+    { "linear quantised, 1 row", run_linear_quant, { 1, 40, 256, ARLE_F8E4M3 } },
+    { "linear quantised, 9 rows", run_linear_quant, { 9, 33, 320, ARLE_U8 } },
     { "norm_linear 1 row", run_linear, { 1, 60, 256, ARLE_BF16, 0, 0, 1 } },
     { "norm_linear 14 rows", run_linear, { 14, 60, 90, ARLE_BF16, 1, 0, 1 } },
     { "silu_mul", run_silu_mul, { 3, 70, 0 } },

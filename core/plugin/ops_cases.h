@@ -32,6 +32,7 @@ struct ops_backend {
     unsigned n_bufs;
     struct arle_weight *weight[OPS_MAX_BUFS];
     unsigned n_weights;
+    uint32_t act_quant;                         /* for the weights that ops_weight makes from here on */
     int failed;                                 /* first error of the running case */
     char why[256];
 };
