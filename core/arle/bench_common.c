@@ -2,6 +2,7 @@
 #include "arle/bench.h"
 #include "core/arle/commit.h"     /* made in the build folder */
 #include "util/clock.h"
+#include "util/place.h"
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,7 +33,7 @@ static int read_config(struct bench *b, const char *path, struct arle_err *err)
 static int find_config(struct bench *b, struct arle_err *err)
 {
     const char *shape = args_str(b->args, "shape"), *model = args_str(b->args, "model"), *env = getenv("ARLE_MODELS");
-    const char *places[] = { env, ARLE_DATA_DIR "/models", "models" };
+    const char *places[] = { env, place_models(), "models" };
     char path[4400];
     if ((shape == NULL) == (model == NULL))
         return arle_err_set(err, -EINVAL, "wants either --model DIR or --shape NAME");
@@ -53,7 +54,7 @@ static int find_config(struct bench *b, struct arle_err *err)
         if (read_config(b, path, err) == 0)
             return 0;
     }
-    return arle_err_param(err, -ENOENT, "shape", "no shape %s in " ARLE_DATA_DIR "/models/shapes (or $ARLE_MODELS/shapes)", shape);
+    return arle_err_param(err, -ENOENT, "shape", "no shape %s in %s/shapes (or $ARLE_MODELS/shapes)", shape, place_models());
 }
 
 int bench_need_model(struct bench *b)

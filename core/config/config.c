@@ -1,5 +1,6 @@
 /* Sections and values of an open configuration, and what --set means. Reading a file is read.c, printing is print.c. */
 #include "config/config_impl.h"
+#include "util/place.h"
 
 #include <ctype.h>
 #include <stdlib.h>
@@ -270,6 +271,8 @@ int config_open_file(struct config **out, FILE *file, const char *name, const ch
         r = config_read(cfg, file, name, err);
     for (size_t i = 0; r == 0 && i < n_sets; i++)
         r = apply_set(cfg, sets[i], err);
+    if (r == 0 && !config_is_set(cfg, "plugins", "dir") && strcmp(place_plugins(), ARLE_PLUGIN_DIR) != 0)
+        r = config_put(cfg, "plugins", "dir", place_plugins(), "the program's own folder", 0, err);
     if (r == 0)
         r = check_whole(cfg, err);
     if (r < 0) {

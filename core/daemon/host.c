@@ -12,6 +12,7 @@
 #include "util/clock.h"
 #include "util/log.h"
 #include "util/sbuf.h"
+#include "util/place.h"
 
 struct host {
     const struct config *cfg;
@@ -317,7 +318,7 @@ void host_forget_keys(char *keys_text)
 
 int host_default_model(char *out, size_t cap, struct arle_err *err)
 {
-    const char *places[] = { getenv("ARLE_MODELS"), ARLE_DATA_DIR "/models" };
+    const char *places[] = { getenv("ARLE_MODELS"), place_models() };
     for (size_t i = 0; i < 2; i++) {
         char probe[PATH_MAX];
         if (places[i] == NULL || *places[i] == '\0')
@@ -327,5 +328,5 @@ int host_default_model(char *out, size_t cap, struct arle_err *err)
         if (access(probe, R_OK) == 0)
             return 0;
     }
-    return arle_err_set(err, -ENOENT, "no --model given, and there is no %s/models/%s", ARLE_DATA_DIR, ARLE_DEFAULT_MODEL);
+    return arle_err_set(err, -ENOENT, "no --model given, and there is no %s/%s", place_models(), ARLE_DEFAULT_MODEL);
 }
