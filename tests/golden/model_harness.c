@@ -229,7 +229,7 @@ int harness_step(struct harness *h, const struct harness_piece *p, uint32_t n, c
     }
     copy(h, h->ints, x, at * 4, ARLE_COPY_H2D);
     free(x);
-    const struct arle_step step = { .struct_size = sizeof step, .flags = h->o.drafts ? ARLE_STEP_DRAFTS : 0,
+    const struct arle_step step = { .struct_size = sizeof step, .flags = h->desc->has_drafter ? ARLE_STEP_DRAFTS : 0,
         .batch = { .struct_size = sizeof step.batch, .n_tokens = T, .n_seqs = n, .n_decode = n_decode, .max_new = max_new,
                    .max_ctx = max_ctx, .page_tokens = h->o.page_tokens, .table_stride = h->pages_per_seq, .ids = h->ints + ids,
                    .sampled = h->ints, .pos = h->ints + pos, .seq_of = h->ints + seq_of, .cu = h->ints + cu, .ctx_len = h->ints + ctx,
