@@ -611,7 +611,7 @@ struct gdn_run {
 
 static void gdn_setup(struct ops_backend *b, const struct ops_case *c, uint32_t dtype, struct gdn_run *r)
 {
-    static const int kinds[][MAX_SEQS + 1] = { { 1, 1 }, { 1, 7 }, { 3, 1, 1, 1 }, { 4, 1, 2, 70, 3 }, { 2, 129, 1 } };
+    static const int kinds[][MAX_SEQS + 1] = { { 1, 1 }, { 1, 7 }, { 3, 1, 1, 1 }, { 4, 1, 2, 70, 3 }, { 2, 129, 1 }, { 3, 200, 64, 17 } };
     const int *kind = kinds[c->p[4]];
     *r = (struct gdn_run) { .n_k = c->p[0], .n_v = c->p[1], .dk = c->p[2], .dv = c->p[3], .dtype = dtype };
     r->n_conv = 2 * r->n_k * r->dk + r->n_v * r->dv;
@@ -798,7 +798,7 @@ static void run_route(struct ops_backend *b, const struct ops_case *c, uint32_t 
         table[i] = (int32_t)((i / k * 3 + i % k) % e);
     for (int64_t i = 0; i < t; i++)
         tok[i] = (int32_t)(i * 7 % vocab);
-    struct arle_weight *pw = ops_weight(b, ARLE_W_LINEAR, ARLE_F32, w, e, h, 1);
+    struct arle_weight *pw = ops_weight(b, ARLE_W_LINEAR, dtype, w, e, h, 1);       /* act's own type: no selection hangs on rounding */
     struct arle_moe_route_args a = {
         .dtype = dtype, .n_tokens = (uint32_t)t, .n_experts = (uint32_t)e, .k = (uint32_t)k, .score = (uint32_t)c->p[3], .route_scale = 1.5f,
         .x = ops_put_act(b, dtype, x, t * h, x), .ld_x = h, .router = pw, .bias = c->p[4] ? ops_put(b, bias, (size_t)e * 4) : NULL,
@@ -1105,6 +1105,20 @@ const struct ops_case ops_cases[] = {
     { "linear quantised, 9 rows", run_linear_quant, { 9, 33, 320, ARLE_U8 } },
     { "norm_linear 1 row", run_linear, { 1, 60, 256, ARLE_BF16, 0, 0, 1 } },
     { "norm_linear 14 rows", run_linear, { 14, 60, 90, ARLE_BF16, 1, 0, 1 } },
+    { "linear 1 row, 2560 wide", run_linear, { 1, 384, 2560, ARLE_BF16 } },
+    { "linear 8 rows, aligned", run_linear, { 8, 264, 512, ARLE_BF16 } },
+    { "linear 9 rows, aligned", run_linear, { 9, 136, 1024, ARLE_BF16, 0, 1 } },
+    { "linear 17 rows, aligned", run_linear, { 17, 200, 520, ARLE_BF16, 1, 1 } },
+    { "linear 33 rows, aligned", run_linear, { 33, 129, 256, ARLE_BF16, 1 } },
+    { "linear 64 rows, aligned", run_linear, { 64, 300, 512, ARLE_BF16, 0, 1 } },
+    { "linear 65 rows, aligned", run_linear, { 65, 96, 512, ARLE_BF16 } },
+    { "linear 130 rows, aligned", run_linear, { 130, 264, 1024, ARLE_BF16, 1, 1 } },
+    { "norm_linear 20 rows, aligned", run_linear, { 20, 160, 512, ARLE_BF16, 0, 0, 1 } },
+    { "silu_mul, aligned", run_silu_mul, { 3, 72, 70 } },
+    { "gate_up 1 row, aligned", run_gate_up, { 1, 640, 256, ARLE_BF16, 1 } },
+    { "gate_up 20 rows, aligned", run_gate_up, { 20, 72, 512, ARLE_BF16, 1, 25 } },
+    { "gate_up 64 rows, aligned", run_gate_up, { 64, 88, 256, ARLE_BF16, 0 } },
+    { "gate_up 100 rows, aligned", run_gate_up, { 100, 640, 256, ARLE_BF16, 1 } },
     { "silu_mul", run_silu_mul, { 3, 70, 0 } },
     { "silu_mul limited", run_silu_mul, { 2, 33, 70 } },
     { "gate_up 1 row", run_gate_up, { 1, 96, 64, ARLE_BF16, 1 } },
@@ -1126,6 +1140,20 @@ const struct ops_case ops_cases[] = {
     { "attention int8, odd width", run_attention, { 40, 2, 1, ARLE_I8, 16, 1, 0, 0, 0, 8 } },
     { "attention 4-bit", run_attention, { 256, 8, 2, ARLE_I4G, 16, 3, 0, 0, 1, 64 } },
     { "attention 4-bit, 64 wide", run_attention, { 64, 2, 2, ARLE_I4G, 16, 5, 0, 0, 0, 16 } },
+    { "attention 256, one token", run_attention, { 256, 2, 1, ARLE_BF16, 16, 0, 0, 0, 1, 64 } },
+    { "attention 256, decode over splits", run_attention, { 256, 16, 4, ARLE_BF16, 16, 4, 0, 0, 1, 64 } },
+    { "attention 256, prefill, 6 on 1", run_attention, { 256, 6, 1, ARLE_BF16, 16, 1, 0, 0, 1, 64 } },
+    { "attention 256, 16 on 2, window", run_attention, { 256, 16, 2, ARLE_BF16, 32, 3, 40, 0, 0, 64 } },
+    { "attention 256, pieces on contexts", run_attention, { 256, 8, 2, ARLE_BF16, 16, 5, 0, 0, 1, 64 } },
+    { "attention 256, shifted, first 1", run_attention, { 256, 4, 1, ARLE_BF16, 16, 5, 0, 1, 1 | 8, 64 } },
+    { "attention 256, int8", run_attention, { 256, 8, 2, ARLE_I8, 16, 5, 0, 0, 1, 64 } },
+    { "attention 256, fp8", run_attention, { 256, 4, 2, ARLE_F8E4M3, 16, 3, 0, 0, 1, 64 } },
+    { "gdn 128, mixed", run_gdn, { 2, 4, 128, 128, 3 } },
+    { "gdn 128, decode", run_gdn, { 2, 4, 128, 128, 2 } },
+    { "gdn 128, pieces", run_gdn, { 1, 2, 128, 128, 5 } },
+    { "gdn 128, one to one", run_gdn, { 2, 2, 128, 128, 4 } },
+    { "gdn 128, three on one", run_gdn, { 1, 3, 128, 128, 4 } },
+    { "gdn 128, extreme gates", run_gdn, { 1, 2, 128, 128, 4, 1 } },
     { "gdn one token", run_gdn, { 2, 2, 128, 128, 0 } },
     { "gdn seven tokens", run_gdn, { 2, 4, 16, 16, 1 } },
     { "gdn decode", run_gdn, { 2, 4, 64, 128, 2 } },
@@ -1142,6 +1170,10 @@ const struct ops_case ops_cases[] = {
     { "moe_experts weight first, limit", run_experts, { 5, 4, 2, 40, 33, ARLE_F32, 1 | 4, 20 } },
     { "moe_experts plain", run_experts, { 30, 3, 1, 32, 64, ARLE_BF16, 0 } },
     { "moe_experts fp4", run_experts, { 6, 4, 2, 64, 32, ARLE_U8, 1 } },
+    { "moe_experts 1 token, aligned", run_experts, { 1, 16, 4, 128, 64, ARLE_BF16, 2 | 4 | 8 } },
+    { "moe_experts 19 tokens, aligned", run_experts, { 19, 8, 3, 48, 24, ARLE_BF16, 2 | 4 | 8 } },
+    { "moe_experts 300 tokens, aligned", run_experts, { 300, 6, 2, 64, 40, ARLE_BF16, 4 } },
+    { "moe_experts weight first, aligned", run_experts, { 5, 4, 2, 40, 32, ARLE_BF16, 1 | 4, 20 } },
     { "seq_shift", run_shift, { 40 } },
     { "sample", run_sample, { 1000, 1000 } },
     { "sample padded vocabulary", run_sample, { 5008, 4999 } },

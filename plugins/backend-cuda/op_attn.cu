@@ -44,7 +44,9 @@ __device__ __forceinline__ const char *entry_of(const attn_args &a, const int32_
 
 __device__ __forceinline__ void expand16(const char *entry, int vec, int n_vec, int chunk16, uint32_t dtype, uint32_t *out)
 {
-    uint4 raw = *(const uint4 *)(entry + (size_t)vec * kHead + chunk16 * 16);
+    /* Entries are 520 bytes per key head: aligned to eight. */
+    uint2 raw[2] = { *(const uint2 *)(entry + (size_t)vec * kHead + chunk16 * 16),
+                     *(const uint2 *)(entry + (size_t)vec * kHead + chunk16 * 16 + 8) };
     float s = ((const float *)(entry + (size_t)n_vec * kHead))[vec];
     const uint8_t *c = (const uint8_t *)&raw;
 #pragma unroll
