@@ -615,7 +615,7 @@ static void gdn_setup(struct ops_backend *b, const struct ops_case *c, uint32_t 
     const int *kind = kinds[c->p[4]];
     *r = (struct gdn_run) { .n_k = c->p[0], .n_v = c->p[1], .dk = c->p[2], .dv = c->p[3], .dtype = dtype };
     r->n_conv = 2 * r->n_k * r->dk + r->n_v * r->dv;
-    r->ld = r->n_conv + r->n_v * r->dv + 2 * r->n_v + 8;
+    r->ld = (r->n_conv + r->n_v * r->dv + 2 * r->n_v + 15) / 8 * 8;
     r->l = (struct layout) { .n_seqs = kind[0], .page_tokens = 16 };
     int64_t total = 0;
     for (int i = 0; i < kind[0]; i++)

@@ -18,6 +18,7 @@ struct cuda_conf {
     uint64_t memory;            /* most bytes this plugin takes on a device, 0 = what is free */
     int deterministic;
     int pdl;                    /* programmatic dependent launch */
+    int64_t stream_rows;        /* most rows whose products stream the weights through own kernels */
     char inject_fault[32];      /* "", "kernel:N", "alloc:N" */
 };
 

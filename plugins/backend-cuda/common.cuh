@@ -29,7 +29,7 @@ struct cuda_ctx {
 
 /* Counters of paths taken; the names are in device.cu in the same order. */
 enum cuda_count {
-    COUNT_GEMM_STREAM, COUNT_GEMM_LT, COUNT_ATTN_DECODE, COUNT_ATTN_PREFILL, COUNT_GDN_STEP, COUNT_GDN_CHUNK,
+    COUNT_GEMV, COUNT_GEMM_STREAM, COUNT_GEMM_LT, COUNT_ATTN_DECODE, COUNT_ATTN_PREFILL, COUNT_GDN_STEP, COUNT_GDN_CHUNK,
     COUNT_MOE, COUNT_SAMPLE, COUNT_GRAPH_LAUNCH, COUNT_GRAPH_CAPTURE, COUNT_PDL, COUNT_COPY_BYTES, COUNT_ALLOC_BYTES, COUNT_N
 };
 
@@ -42,6 +42,7 @@ struct arle_device {
     int ordinal, n_sm, cc;              /* cc: 90 for compute capability 9.0 */
     size_t max_smem;
     bool pdl, deterministic;
+    int stream_rows;
     std::atomic<int> dead;
     pthread_mutex_t mu;                 /* guards reason */
     char reason[256];

@@ -9,7 +9,7 @@
 namespace {
 
 const char *const count_names[COUNT_N] = {
-    "gemm_stream", "gemm_lt", "attn_decode", "attn_prefill", "gdn_step", "gdn_chunk", "moe", "sample",
+    "gemv", "gemm_stream", "gemm_lt", "attn_decode", "attn_prefill", "gdn_step", "gdn_chunk", "moe", "sample",
     "graph_launch", "graph_capture", "pdl_launch", "copy_bytes", "alloc_bytes",
 };
 
@@ -83,7 +83,13 @@ extern "C" int cuda_probe(struct arle_probe *out, struct arle_err *err)
     cudaFuncAttributes fa;
     int driver = 0;
     cudaDriverGetVersion(&driver);
-    if (p.major * 10 + p.minor < kMinCc || cudaFuncGetAttributes(&fa, (const void *)probe_kernel) != cudaSuccess) {
+    e = cudaFuncGetAttributes(&fa, (const void *)probe_kernel);
+    if (e != cudaSuccess && e != cudaErrorNoKernelImageForDevice && e != cudaErrorInvalidDeviceFunction) {
+        out->usable = 0;
+        snprintf(out->detail, sizeof out->detail, "%s does not start: %s", p.name, cudaGetErrorString(e));
+        return 0;
+    }
+    if (p.major * 10 + p.minor < kMinCc || e != cudaSuccess) {
         out->usable = 0;
         snprintf(out->detail, sizeof out->detail, "%s has compute capability %d.%d, for which this plugin was not built "
                  "(configure --with-cuda-arch)", p.name, p.major, p.minor);
@@ -201,6 +207,7 @@ extern "C" int cuda_open_device(void *ctx, uint32_t index, struct arle_device **
     dev->max_smem = p.sharedMemPerBlockOptin;
     dev->pdl = cx->conf.pdl && dev->cc >= 90;
     dev->deterministic = cx->conf.deterministic != 0;
+    dev->stream_rows = (int)cx->conf.stream_rows;
     dev->fault_kernel = dev->fault_alloc = -1;
     if (cublasLtCreate(&dev->lt) != CUBLAS_STATUS_SUCCESS) {
         r = arle_err_set(err, -EIO, "cuBLASLt does not start on GPU %d", dev->ordinal);

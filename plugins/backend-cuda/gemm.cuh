@@ -115,6 +115,7 @@ static __global__ void __launch_bounds__(256, 2) gemm_stream_kernel(const gemm_a
     using S = gemm_shape<NT>;
     extern __shared__ __align__(128) unsigned char gemm_smem[];
     __shared__ unsigned sh_last;
+    constexpr int kSumAhead = NT <= 2 ? 8 : NT <= 4 ? 4 : NT <= 8 ? 2 : 1;      /* pieces asked for before the first is added */
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     const int wm = warp % S::WARPS_M, wn = warp / S::WARPS_M;
     const uint32_t smem = smem_u32(gemm_smem);
@@ -125,9 +126,12 @@ static __global__ void __launch_bounds__(256, 2) gemm_stream_kernel(const gemm_a
     const int m_tiles = (a.n + 127) / 128, ku = (a.k + 63) / 64;
     const int n_tiles = GROUPED ? a.tiles[a.groups] : m_tiles * ((a.rows + S::TN - 1) / S::TN);
     const int64_t total = (int64_t)n_tiles * ku;
-    const int64_t grid = gridDim.x;
-    int64_t u0, u1;
-    if (a.whole_tiles) {
+    /* No more blocks than units: every block between the first and the last of a tile must have a piece of it. */
+    const int64_t most = a.whole_tiles ? n_tiles : total, grid = most < (int64_t)gridDim.x ? most : gridDim.x;
+    int64_t u0 = 0, u1 = 0;
+    if (blockIdx.x >= grid) {
+        u1 = u0;
+    } else if (a.whole_tiles) {
         u0 = (int64_t)n_tiles * blockIdx.x / grid * ku;
         u1 = (int64_t)n_tiles * (blockIdx.x + 1) / grid * ku;
     } else {
@@ -306,18 +310,26 @@ static __global__ void __launch_bounds__(256, 2) gemm_stream_kernel(const gemm_a
 #pragma unroll
                 for (int e = 0; e < S::ACC / 4; e++)
                     sum[e] = make_float4(0.f, 0.f, 0.f, 0.f);
-                for (int b = b0; b <= b1; b++) {
-                    /* Block b0 may have begun with an earlier tile: then this piece was its last one. */
-                    int which = b == b0 && total * b / grid < from ? 1 : 0;
-                    const float4 *p = (const float4 *)(a.partial + ((int64_t)b * 2 + which) * (256 * S::ACC));
+                for (int b = b0; b <= b1; b += kSumAhead) {
+                    float4 v[kSumAhead][S::ACC / 4];
 #pragma unroll
-                    for (int e = 0; e < S::ACC / 4; e++) {
-                        float4 v = __ldcg(p + e * 256 + tid);
-                        sum[e].x += v.x;
-                        sum[e].y += v.y;
-                        sum[e].z += v.z;
-                        sum[e].w += v.w;
+                    for (int j = 0; j < kSumAhead; j++) {
+                        /* Block b0 may have begun with an earlier tile: then this piece was its last one. */
+                        int which = b + j == b0 && total * (b + j) / grid < from ? 1 : 0;
+                        const float4 *p = (const float4 *)(a.partial + ((int64_t)(b + j) * 2 + which) * (256 * S::ACC));
+#pragma unroll
+                        for (int e = 0; e < S::ACC / 4; e++)
+                            v[j][e] = b + j <= b1 ? __ldcg(p + e * 256 + tid) : make_float4(0.f, 0.f, 0.f, 0.f);
                     }
+#pragma unroll
+                    for (int j = 0; j < kSumAhead; j++)
+#pragma unroll
+                        for (int e = 0; e < S::ACC / 4; e++) {
+                            sum[e].x += v[j][e].x;
+                            sum[e].y += v[j][e].y;
+                            sum[e].z += v[j][e].z;
+                            sum[e].w += v[j][e].w;
+                        }
                 }
             }
         }

@@ -11,6 +11,7 @@
 namespace {
 
 const int kHead = 256, kRow = kHead * 2;        /* bytes of one key in shared memory, bf16 */
+const int kWorkRow = kHead + 4;                 /* floats of one head of a split: values, maximum, sum; 16-byte aligned */
 
 struct attn_args {
     const bf16 *q;
@@ -143,6 +144,22 @@ __device__ __forceinline__ void load_kv(const attn_args &a, const int32_t *table
 
 /* ---- decode ---------------------------------------------------------------------------------------------------------- */
 
+/* As load_kv for one warp and sixteen bf16 keys: lane r finds entry r, the others get its address by shuffle. */
+__device__ __forceinline__ void load_kv16(const attn_args &a, const int32_t *table, int head, int p0, int end, uint32_t dst, int lane)
+{
+    const int mine = min(p0 + (lane & 15), end - 1);
+    const unsigned long long at = (unsigned long long)(entry_of(a, table, mine) + (size_t)head * kRow);
+    const size_t value = (size_t)a.n_kv * kRow;
+#pragma unroll
+    for (int r = 0; r < 16; r++) {
+        const char *e = (const char *)__shfl_sync(0xffffffffu, at, r) + lane * 16;
+        const bool ok = p0 + r < end;
+        const uint32_t to = dst + swizzled(r, lane);
+        cp16(to, e, ok);
+        cp16(to + 16 * kRow, e + value, ok);
+    }
+}
+
 const int kDecWarps = 2, kDecStages = 3, kDecTok = 16;
 const int kDecStage = kDecTok * kRow * 2;
 const int kDecSmem = 16 * kRow + kDecWarps * kDecStages * kDecStage;
@@ -165,7 +182,7 @@ __device__ __forceinline__ span span_of(const attn_args &a, int p, int z)
 
 __device__ __forceinline__ float *work_of(const attn_args &a, int s, int kvh, int z)
 {
-    return a.work + (((int64_t)s * a.n_kv + kvh) * a.n_splits + z) * a.group * (kHead + 2);
+    return a.work + (((int64_t)s * a.n_kv + kvh) * a.n_splits + z) * a.group * kWorkRow;
 }
 
 __device__ __forceinline__ void store_gated(const attn_args &a, int t, int h, int d, float4 o)
@@ -191,13 +208,31 @@ __global__ void __launch_bounds__(kDecWarps * 32) decode_kernel(const attn_args 
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int z = blockIdx.x, kvh = blockIdx.y, s = blockIdx.z;
     pdl_launch();
-    pdl_wait();
     const int t = a.cu[a.seq0 + s], p = a.pos[t] + a.pos_shift;
     const span sp = span_of(a, p, z);
-    if (z >= sp.valid)
-        return;
     const int32_t *table = a.table + (int64_t)(a.seq0 + s) * a.table_stride;
     unsigned char *ring = attn_smem + 16 * kRow + warp * kDecStages * kDecStage;
+    const int n = z < sp.valid ? max((sp.b1 - sp.b0 - warp + kDecWarps - 1) / kDecWarps, 0) : 0;
+    auto fill = [&](int i) {
+        const int p0 = sp.lo + (sp.b0 + warp + i * kDecWarps) * kDecTok;
+        unsigned char *to = ring + i % kDecStages * kDecStage;
+        if (QUANT)
+            load_kv<true, kDecTok>(a, table, kvh, p0, sp.end, to, lane, 32);
+        else
+            load_kv16(a, table, kvh, p0, sp.end, smem_u32(to), lane);
+    };
+    /* The step's own key is written by the kernel before this one, so nothing is read yet; but it may come as far as the L2. */
+    for (int i = 0; i < 2 && i < n; i++) {
+        const int mine = min(sp.lo + (sp.b0 + warp + i * kDecWarps) * kDecTok + (lane & 15), sp.end - 1);
+        const char *e = entry_of(a, table, mine) + (size_t)(kvh + (lane >> 4) * a.n_kv) * (QUANT ? kHead : kRow);
+        l2_prefetch(e);
+        l2_prefetch(e + 128);
+        l2_prefetch(e + (QUANT ? 0 : 256));
+        l2_prefetch(e + (QUANT ? 0 : 384));
+    }
+    pdl_wait();
+    if (z >= sp.valid)
+        return;
 
     /* Rows past the group are zeros. */
     for (int i = threadIdx.x; i < 16 * 32; i += kDecWarps * 32) {
@@ -207,11 +242,10 @@ __global__ void __launch_bounds__(kDecWarps * 32) decode_kernel(const attn_args 
             v = *(const uint4 *)(a.q + ((int64_t)t * a.n_q + kvh * a.group + r) * kHead + c * 8);
         *(uint4 *)(attn_smem + swizzled(r, c)) = v;
     }
-    const int n = max((sp.b1 - sp.b0 - warp + kDecWarps - 1) / kDecWarps, 0);
 #pragma unroll
     for (int i = 0; i < kDecStages - 1; i++) {
         if (i < n)
-            load_kv<QUANT, kDecTok>(a, table, kvh, sp.lo + (sp.b0 + warp + i * kDecWarps) * kDecTok, sp.end, ring + i * kDecStage, lane, 32);
+            fill(i);
         cp_commit();
     }
     __syncthreads();
@@ -224,8 +258,7 @@ __global__ void __launch_bounds__(kDecWarps * 32) decode_kernel(const attn_args 
     for (int i = 0; i < n; i++) {
         __syncwarp();
         if (i + kDecStages - 1 < n)
-            load_kv<QUANT, kDecTok>(a, table, kvh, sp.lo + (sp.b0 + warp + (i + kDecStages - 1) * kDecWarps) * kDecTok, sp.end,
-                                 ring + (i + kDecStages - 1) % kDecStages * kDecStage, lane, 32);
+            fill(i + kDecStages - 1);
         cp_commit();
         cp_wait<kDecStages - 1>();
         __syncwarp();
@@ -348,9 +381,9 @@ __global__ void __launch_bounds__(64) combine_kernel(const attn_args a)
 {
     const int h = blockIdx.x, s = blockIdx.y, kvh = h / a.group, r = h % a.group;
     pdl_launch();
-    pdl_wait();
     const int t = a.cu[a.seq0 + s];
     const span sp = span_of(a, a.pos[t] + a.pos_shift, 0);
+    pdl_wait();
     if (sp.valid == 1)
         return;
     float m = -INFINITY;
@@ -360,7 +393,7 @@ __global__ void __launch_bounds__(64) combine_kernel(const attn_args a)
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
     float l = 0.f;
     const int d = threadIdx.x * 4;
-#pragma unroll 4
+#pragma unroll 8
     for (int z = 0; z < sp.valid; z++) {
         const float *w = work_of(a, s, kvh, z);
         float f = exp2f(w[a.group * kHead + 2 * r] - m);
@@ -543,7 +576,7 @@ int run_decode(arle_device *dev, cudaStream_t st, attn_args a, int n_rows, int m
     }
     if (a.n_splits < 1)
         a.n_splits = 1;
-    size_t per_row = (size_t)a.n_splits * a.n_q * (kHead + 2) * 4;
+    size_t per_row = (size_t)a.n_splits * a.n_q * kWorkRow * 4;
     int at_once = a.n_splits == 1 ? n_rows : (int)(dev->attn_work_bytes / per_row);
     if (at_once < 1)
         return -EINVAL;

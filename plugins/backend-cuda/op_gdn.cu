@@ -13,6 +13,7 @@
 #include "common.cuh"
 #include <errno.h>
 
+
 namespace {
 
 const int kDim = 128, kChunk = 64, kStepLimit = 16;
@@ -89,197 +90,244 @@ __device__ __forceinline__ void tap_store(const gdn_args &a, bf16 *rec, int c, c
     rec[2 * a.n_conv + c] = __float2bfloat16_rn(p.h2);
 }
 
-/* Warp w holds rows 16 w .. 16 w + 15 of S (key index), lane l columns 4 l .. 4 l + 3 (value index). */
-__global__ void __launch_bounds__(256) step_kernel(const gdn_args a)
+const int kStepSmem = kDim * kDim * 4;
+
+/*
+ * Warp w holds rows 16 w .. 16 w + 15 of S (key index), lane l columns 4 l .. 4 l + 3 (value index). Blocks walk over (sequence, head)
+ * pairs; the next S is on its way to shared memory, each thread its own part, while the present one is worked on.
+ */
+__global__ void __launch_bounds__(256, 2) step_kernel(const gdn_args a)
 {
+    extern __shared__ __align__(16) float next_s[];
     __shared__ __align__(16) float sq[kDim], sk[kDim], sv[kDim];
     __shared__ __align__(16) float part_k[8][kDim], part_q[8][kDim];
     __shared__ float sums[3][8];
     __shared__ int sh_last;
-    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-    const int h = blockIdx.x, s = a.seq0 + blockIdx.y, kh = h / a.ratio;
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, items = a.n_seqs * a.n_v;
+    const uint32_t slot = smem_u32(next_s) + (warp * 16 * kDim + lane * 4) * 4;
     pdl_launch();
-    float *S = s_state(a, s, h);
-    l2_prefetch(S + tid * 32);
-    l2_prefetch(S + (tid + 256) * 32);
+    {
+        const float *S = s_state(a, a.seq0 + (int)blockIdx.x / a.n_v, (int)blockIdx.x % a.n_v);
+        l2_prefetch(S + tid * 32);
+        l2_prefetch(S + (tid + 256) * 32);
+    }
     pdl_wait();
-    const int t0 = a.cu[s], n = a.cu[s + 1] - t0;
-    if (n == 0)
-        return;
-    float4 st[16];
+    auto fetch = [&](int item) {
+        if (item < items) {
+            const float *S = s_state(a, a.seq0 + item / a.n_v, item % a.n_v) + warp * 16 * kDim + lane * 4;
 #pragma unroll
-    for (int j = 0; j < 16; j++)
-        st[j] = *(const float4 *)(S + (warp * 16 + j) * kDim + lane * 4);
+            for (int j = 0; j < 16; j++)
+                cp16(slot + j * kDim * 4, S + j * kDim, true);
+        }
+        cp_commit();
+    };
+    fetch(blockIdx.x);
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        const int h = item % a.n_v, s = a.seq0 + item / a.n_v, kh = h / a.ratio;
+        float *S = s_state(a, s, h);
+        const int t0 = a.cu[s], n = a.cu[s + 1] - t0;
+        float4 st[16];
+        cp_wait<0>();
+#pragma unroll
+        for (int j = 0; j < 16; j++)
+            st[j] = *(const float4 *)(next_s + (warp * 16 + j) * kDim + lane * 4);
+        fetch(item + gridDim.x);
+        if (n == 0)
+            continue;
 
-    bf16 *rec = conv_state(a, s);
-    const int i = tid & 127;
-    const bool is_v = tid >= 128;
-    const int c1 = is_v ? 2 * a.n_k * kDim + h * kDim + i : kh * kDim + i, c2 = a.n_k * kDim + kh * kDim + i;
-    tap p1 = tap_load(a, rec, c1), p2 = tap_load(a, rec, c2);
+        bf16 *rec = conv_state(a, s);
+        const int i = tid & 127;
+        const bool is_v = tid >= 128;
+        const int c1 = is_v ? 2 * a.n_k * kDim + h * kDim + i : kh * kDim + i, c2 = a.n_k * kDim + kh * kDim + i;
+        tap p1 = tap_load(a, rec, c1), p2 = tap_load(a, rec, c2);
 
-    for (int t = t0; t < t0 + n; t++) {
-        const bf16 *row = a.proj + (int64_t)t * a.ld_proj;
-        float y1 = conv_step(&p1, __bfloat162float(row[a.u_off + c1])), y2 = 0.f;
-        if (!is_v)
-            y2 = conv_step(&p2, __bfloat162float(row[a.u_off + c2]));
-        float beta = sigmoidf(__bfloat162float(row[a.b_off + h]));
-        float decay = expf(decay_log(a.A_log[h], __bfloat162float(row[a.a_off + h]) + a.dt_bias[h]));
-        if (!is_v) {
-            float qq = warp_sum(y1 * y1), kk = warp_sum(y2 * y2), kq = warp_sum(y1 * y2);
-            if (lane == 0) {
-                sums[0][warp] = qq;
-                sums[1][warp] = kk;
-                sums[2][warp] = kq;
+        for (int t = t0; t < t0 + n; t++) {
+            const bf16 *row = a.proj + (int64_t)t * a.ld_proj;
+            float y1 = conv_step(&p1, __bfloat162float(row[a.u_off + c1])), y2 = 0.f;
+            if (!is_v)
+                y2 = conv_step(&p2, __bfloat162float(row[a.u_off + c2]));
+            float beta = sigmoidf(__bfloat162float(row[a.b_off + h]));
+            float decay = expf(decay_log(a.A_log[h], __bfloat162float(row[a.a_off + h]) + a.dt_bias[h]));
+            if (!is_v) {
+                float qq = warp_sum(y1 * y1), kk = warp_sum(y2 * y2), kq = warp_sum(y1 * y2);
+                if (lane == 0) {
+                    sums[0][warp] = qq;
+                    sums[1][warp] = kk;
+                    sums[2][warp] = kq;
+                }
+                sq[i] = y1;
+                sk[i] = y2;
+            } else {
+                sv[i] = y1;
             }
-            sq[i] = y1;
-            sk[i] = y2;
-        } else {
-            sv[i] = y1;
-        }
-        __syncthreads();
-        float rq = rsqrtf(sums[0][0] + sums[0][1] + sums[0][2] + sums[0][3] + 1e-6f) * 0.08838834764831845f;
-        float rk = rsqrtf(sums[1][0] + sums[1][1] + sums[1][2] + sums[1][3] + 1e-6f);
-        float kq = (sums[2][0] + sums[2][1] + sums[2][2] + sums[2][3]) * rq * rk;
-        float4 mk = make_float4(0.f, 0.f, 0.f, 0.f), mq = mk;
-#pragma unroll
-        for (int j = 0; j < 16; j++) {
-            float k = sk[warp * 16 + j] * rk, q = sq[warp * 16 + j] * rq;
-            mk.x += st[j].x * k;
-            mk.y += st[j].y * k;
-            mk.z += st[j].z * k;
-            mk.w += st[j].w * k;
-            mq.x += st[j].x * q;
-            mq.y += st[j].y * q;
-            mq.z += st[j].z * q;
-            mq.w += st[j].w * q;
-        }
-        *(float4 *)&part_k[warp][lane * 4] = mk;
-        *(float4 *)&part_q[warp][lane * 4] = mq;
-        __syncthreads();
-        float4 m = make_float4(0.f, 0.f, 0.f, 0.f), o = m;
-#pragma unroll
-        for (int w = 0; w < 8; w++) {
-            float4 x = *(const float4 *)&part_k[w][lane * 4], y = *(const float4 *)&part_q[w][lane * 4];
-            m.x += x.x;
-            m.y += x.y;
-            m.z += x.z;
-            m.w += x.w;
-            o.x += y.x;
-            o.y += y.y;
-            o.z += y.z;
-            o.w += y.w;
-        }
-        float4 v = *(const float4 *)&sv[lane * 4], d;
-        d.x = beta * (v.x - decay * m.x);
-        d.y = beta * (v.y - decay * m.y);
-        d.z = beta * (v.z - decay * m.z);
-        d.w = beta * (v.w - decay * m.w);
-#pragma unroll
-        for (int j = 0; j < 16; j++) {
-            float k = sk[warp * 16 + j] * rk;
-            st[j].x = decay * st[j].x + k * d.x;
-            st[j].y = decay * st[j].y + k * d.y;
-            st[j].z = decay * st[j].z + k * d.z;
-            st[j].w = decay * st[j].w + k * d.w;
-        }
-        if (warp == 0) {
-            /* o = S'^T q = decay S^T q + (k . q) d: no second pass over S. */
-            o.x = round_bf(decay * o.x + kq * d.x);
-            o.y = round_bf(decay * o.y + kq * d.y);
-            o.z = round_bf(decay * o.z + kq * d.z);
-            o.w = round_bf(decay * o.w + kq * d.w);
-            float rho = rsqrtf(warp_sum(o.x * o.x + o.y * o.y + o.z * o.z + o.w * o.w) / (float)kDim + a.eps);
-            uint2 z2 = *(const uint2 *)(row + a.z_off + h * kDim + lane * 4);
-            float2 za = unpack2(z2.x), zb = unpack2(z2.y);
-            float4 w = *(const float4 *)(a.norm_w + lane * 4);
-            *(uint2 *)(a.out + (int64_t)t * a.ld_out + h * kDim + lane * 4) =
-                make_uint2(pack2(o.x * rho * w.x * siluf(za.x), o.y * rho * w.y * siluf(za.y)),
-                           pack2(o.z * rho * w.z * siluf(zb.x), o.w * rho * w.w * siluf(zb.y)));
-        }
-        if (t + 1 < t0 + n)
             __syncthreads();
-    }
+            float rq = rsqrtf(sums[0][0] + sums[0][1] + sums[0][2] + sums[0][3] + 1e-6f) * 0.08838834764831845f;
+            float rk = rsqrtf(sums[1][0] + sums[1][1] + sums[1][2] + sums[1][3] + 1e-6f);
+            float kq = (sums[2][0] + sums[2][1] + sums[2][2] + sums[2][3]) * rq * rk;
+            float4 mk = make_float4(0.f, 0.f, 0.f, 0.f), mq = mk;
 #pragma unroll
-    for (int j = 0; j < 16; j++)
-        *(float4 *)(S + (warp * 16 + j) * kDim + lane * 4) = st[j];
+            for (int j = 0; j < 16; j++) {
+                float k = sk[warp * 16 + j] * rk, q = sq[warp * 16 + j] * rq;
+                mk.x += st[j].x * k;
+                mk.y += st[j].y * k;
+                mk.z += st[j].z * k;
+                mk.w += st[j].w * k;
+                mq.x += st[j].x * q;
+                mq.y += st[j].y * q;
+                mq.z += st[j].z * q;
+                mq.w += st[j].w * q;
+            }
+            *(float4 *)&part_k[warp][lane * 4] = mk;
+            *(float4 *)&part_q[warp][lane * 4] = mq;
+            __syncthreads();
+            float4 m = make_float4(0.f, 0.f, 0.f, 0.f), o = m;
+#pragma unroll
+            for (int w = 0; w < 8; w++) {
+                float4 x = *(const float4 *)&part_k[w][lane * 4], y = *(const float4 *)&part_q[w][lane * 4];
+                m.x += x.x;
+                m.y += x.y;
+                m.z += x.z;
+                m.w += x.w;
+                o.x += y.x;
+                o.y += y.y;
+                o.z += y.z;
+                o.w += y.w;
+            }
+            float4 v = *(const float4 *)&sv[lane * 4], d;
+            d.x = beta * (v.x - decay * m.x);
+            d.y = beta * (v.y - decay * m.y);
+            d.z = beta * (v.z - decay * m.z);
+            d.w = beta * (v.w - decay * m.w);
+#pragma unroll
+            for (int j = 0; j < 16; j++) {
+                float k = sk[warp * 16 + j] * rk;
+                st[j].x = decay * st[j].x + k * d.x;
+                st[j].y = decay * st[j].y + k * d.y;
+                st[j].z = decay * st[j].z + k * d.z;
+                st[j].w = decay * st[j].w + k * d.w;
+            }
+            if (warp == 0) {
+                /* o = S'^T q = decay S^T q + (k . q) d: no second pass over S. */
+                o.x = round_bf(decay * o.x + kq * d.x);
+                o.y = round_bf(decay * o.y + kq * d.y);
+                o.z = round_bf(decay * o.z + kq * d.z);
+                o.w = round_bf(decay * o.w + kq * d.w);
+                float rho = rsqrtf(warp_sum(o.x * o.x + o.y * o.y + o.z * o.z + o.w * o.w) / (float)kDim + a.eps);
+                uint2 z2 = *(const uint2 *)(row + a.z_off + h * kDim + lane * 4);
+                float2 za = unpack2(z2.x), zb = unpack2(z2.y);
+                float4 w = *(const float4 *)(a.norm_w + lane * 4);
+                *(uint2 *)(a.out + (int64_t)t * a.ld_out + h * kDim + lane * 4) =
+                    make_uint2(pack2(o.x * rho * w.x * siluf(za.x), o.y * rho * w.y * siluf(za.y)),
+                               pack2(o.z * rho * w.z * siluf(zb.x), o.w * rho * w.w * siluf(zb.y)));
+            }
+            if (t + 1 < t0 + n)
+                __syncthreads();
+        }
+#pragma unroll
+        for (int j = 0; j < 16; j++)
+            *(float4 *)(S + (warp * 16 + j) * kDim + lane * 4) = st[j];
 
-    /* Value heads that share a key head have all read its convolution state; the last of them to come here moves it on. */
-    if (is_v)
-        tap_store(a, rec, c1, p1);
-    __syncthreads();
-    if (tid == 0) {
-        unsigned *ticket = a.tickets + blockIdx.y * a.n_k + kh;
-        __threadfence();
-        sh_last = atomicAdd(ticket, 1u) == (unsigned)(a.ratio - 1);
-        if (sh_last)
-            *ticket = 0;
+        /* Value heads that share a key head have all read its convolution state; the last of them to come here moves it on. */
+        if (is_v)
+            tap_store(a, rec, c1, p1);
+        __syncthreads();
+        if (tid == 0) {
+            unsigned *ticket = a.tickets + (s - a.seq0) * a.n_k + kh;
+            __threadfence();
+            sh_last = atomicAdd(ticket, 1u) == (unsigned)(a.ratio - 1);
+            if (sh_last)
+                *ticket = 0;
+        }
+        __syncthreads();
+        if (sh_last && !is_v) {
+            tap_store(a, rec, c1, p1);
+            tap_store(a, rec, c2, p2);
+        }
     }
-    __syncthreads();
-    if (sh_last && !is_v) {
-        tap_store(a, rec, c1, p1);
-        tap_store(a, rec, c2, p2);
-    }
+    cp_wait<0>();
 }
 
 /* ---- chunks: convolution --------------------------------------------------------------------------------------------- */
 
-const int kConvTok = 16;
+const int kConvTok = 32, kConvAhead = 8;
 
-/* Thread: 8 channels of 16 tokens. 16 threads make one head of 128, so norms are shuffles. grid (token runs, channel blocks, seq) */
+/* Eight channels of the piece's token i as they were before the convolution. */
+__device__ __forceinline__ uint4 conv_in8(const gdn_args &a, const bf16 *rec, int t0, int i, int c)
+{
+    return i >= 0 ? *(const uint4 *)(a.proj + (int64_t)(t0 + i) * a.ld_proj + a.u_off + c)
+                  : *(const uint4 *)(rec + (int64_t)(3 + i) * a.n_conv + c);
+}
+
+__device__ __forceinline__ void unpack8(uint4 v, float *f)
+{
+    const uint32_t *p = (const uint32_t *)&v;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        float2 x = unpack2(p[e]);
+        f[2 * e] = x.x;
+        f[2 * e + 1] = x.y;
+    }
+}
+
+/* Thread: 8 channels of 32 tokens, eight tokens asked for at a time. 16 threads make one head of 128, so norms are shuffles.
+ * grid (token runs, channel blocks, seq) */
 __global__ void __launch_bounds__(256) conv_kernel(const gdn_args a)
 {
     pdl_launch();
-    pdl_wait();
     const int s = a.seq0 + blockIdx.z, t0 = a.cu[s], n = a.cu[s + 1] - t0, i0 = blockIdx.x * kConvTok;
     const int c = (blockIdx.y * 256 + threadIdx.x) * 8;
+    pdl_wait();
     if (i0 >= n || c >= a.n_conv)
         return;
     const bf16 *rec = conv_state(a, s);
     const int kind = c / kDim < a.n_k ? 0 : c / kDim < 2 * a.n_k ? 1 : 2;      /* q, k, v */
     float4 w[8];
     float h0[8], h1[8], h2[8];
+    unpack8(conv_in8(a, rec, t0, i0 - 3, c), h0);
+    unpack8(conv_in8(a, rec, t0, i0 - 2, c), h1);
+    unpack8(conv_in8(a, rec, t0, i0 - 1, c), h2);
 #pragma unroll
-    for (int e = 0; e < 8; e++) {
+    for (int e = 0; e < 8; e++)
         w[e] = *(const float4 *)(a.conv_w + (int64_t)(c + e) * 4);
-        h0[e] = conv_in(a, rec, t0, i0 - 3, c + e);
-        h1[e] = conv_in(a, rec, t0, i0 - 2, c + e);
-        h2[e] = conv_in(a, rec, t0, i0 - 1, c + e);
-    }
     const int m = min(kConvTok, n - i0);
-    for (int i = 0; i < m; i++) {
-        int t = t0 + i0 + i;
-        uint4 raw = *(const uint4 *)(a.proj + (int64_t)t * a.ld_proj + a.u_off + c);
-        const uint32_t *rp = (const uint32_t *)&raw;
-        float y[8], ss = 0.f;
+    for (int i = 0; i < m; i += kConvAhead) {
+        uint4 raw[kConvAhead];
 #pragma unroll
-        for (int e = 0; e < 8; e++) {
-            float2 f = unpack2(rp[e >> 1]);
-            float u = e & 1 ? f.y : f.x;
-            y[e] = round_bf(siluf(w[e].x * h0[e] + w[e].y * h1[e] + w[e].z * h2[e] + w[e].w * u));
-            h0[e] = h1[e];
-            h1[e] = h2[e];
-            h2[e] = u;
-            ss += y[e] * y[e];
+        for (int j = 0; j < kConvAhead; j++)
+            raw[j] = conv_in8(a, rec, t0, i0 + min(i + j, m - 1), c);
+#pragma unroll
+        for (int j = 0; j < kConvAhead; j++) {
+            float u[8], y[8], ss = 0.f;
+            unpack8(raw[j], u);
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                y[e] = round_bf(siluf(w[e].x * h0[e] + w[e].y * h1[e] + w[e].z * h2[e] + w[e].w * u[e]));
+                h0[e] = h1[e];
+                h1[e] = h2[e];
+                h2[e] = u[e];
+                ss += y[e] * y[e];
+            }
+            if (kind < 2) {
+#pragma unroll
+                for (int o = 8; o > 0; o >>= 1)
+                    ss += __shfl_xor_sync(0xffffffffu, ss, o);
+                float r = rsqrtf(ss + 1e-6f) * (kind == 0 ? 0.08838834764831845f : 1.f);
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    y[e] *= r;
+            }
+            if (i + j < m)
+                *(uint4 *)(a.qkv + (int64_t)(t0 + i0 + i + j - a.tok0) * a.n_conv + c) =
+                    make_uint4(pack2(y[0], y[1]), pack2(y[2], y[3]), pack2(y[4], y[5]), pack2(y[6], y[7]));
         }
-        if (kind < 2) {
-#pragma unroll
-            for (int o = 8; o > 0; o >>= 1)
-                ss += __shfl_xor_sync(0xffffffffu, ss, o);
-            float r = rsqrtf(ss + 1e-6f) * (kind == 0 ? 0.08838834764831845f : 1.f);
-#pragma unroll
-            for (int e = 0; e < 8; e++)
-                y[e] *= r;
-        }
-        *(uint4 *)(a.qkv + (int64_t)(t - a.tok0) * a.n_conv + c) =
-            make_uint4(pack2(y[0], y[1]), pack2(y[2], y[3]), pack2(y[4], y[5]), pack2(y[6], y[7]));
     }
 }
 
 /* ---- chunks: prepare ------------------------------------------------------------------------------------------------- */
 
-const int kLd = 68;                         /* row stride of the f32 triangle, in floats */
+const int kLd = 72;                         /* row stride of the f32 triangle, in floats: no bank twice in a fragment */
 const int kTile = kChunk * kDim * 2;        /* bytes of one 64 x 128 operand */
-const int kPrepSmem = 4 * kTile + 2 * kChunk * kLd * 4 + 2 * 32 * kLd * 4 + 8 * kChunk * 4;
+const int kPrepSmem = 4 * kTile + 2 * kChunk * kLd * 4 + 8 * kChunk * 4;
 
 /* 64 x 128 tile: 256-byte rows of 16 chunks of 16 bytes. */
 __device__ __forceinline__ uint32_t at128(int row, int chunk) { return row * 256 + ((chunk ^ (row & 7)) << 4); }
@@ -409,8 +457,8 @@ __global__ void __launch_bounds__(256, 2) prepare_kernel(const gdn_args a)
     const int n = min(kChunk, n_seq - c * kChunk);
     const int64_t id = chunk_id(a, s, c);
     const uint32_t q_s = smem_u32(gdn_smem), k_s = q_s + kTile, v_s = k_s + kTile;
-    float *tri = (float *)(gdn_smem + 4 * kTile), *tmp = tri + 2 * kChunk * kLd;
-    float *gam = tmp + 2 * 32 * kLd, *bet = gam + 2 * kChunk, *egb = bet + 2 * kChunk;     /* [2][64] each */
+    float *tri = (float *)(gdn_smem + 4 * kTile);
+    float *gam = tri + 2 * kChunk * kLd, *bet = gam + 2 * kChunk, *egb = bet + 2 * kChunk;     /* [2][64] each */
 
     load_rows(a, q_s, t, n, kh * kDim, tid, 256);
     load_rows(a, k_s, t, n, (a.n_k + kh) * kDim, tid, 256);
@@ -505,81 +553,66 @@ __global__ void __launch_bounds__(256, 2) prepare_kernel(const gdn_args a)
         __syncthreads();
         const int v = warp >> 2, wq = warp & 3;
         float *A = tri + v * kChunk * kLd;
-        invert_triangle(A, tmp + v * 32 * kLd, wq, lane, v < heads);
+        invert_triangle(A, A + 32, wq, lane, v < heads);        /* the upper right quarter is free: nothing reads it */
         if (v >= heads)
             continue;
 
         /* U^T [value 32 wq .. + 31][token] = V^T (A diag(beta))^T */
         const float *be = bet + v * 64, *eb = egb + v * 64;
-        float acc[2][8][4];
-#pragma unroll
-        for (int m = 0; m < 2; m++)
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-                acc[m][j][0] = acc[m][j][1] = acc[m][j][2] = acc[m][j][3] = 0.f;
-#pragma unroll
-        for (int ks = 0; ks < 4; ks++) {
-            uint32_t av[2][4];
-#pragma unroll
-            for (int m = 0; m < 2; m++)
-                ldsm4t(av[m], v_s + v * kTile + at128(ks * 16 + (lane & 7) + ((lane >> 4) << 3), wq * 4 + m * 2 + ((lane >> 3) & 1)));
-            float2 b0 = *(const float2 *)(be + ks * 16 + 2 * tq), b1 = *(const float2 *)(be + ks * 16 + 8 + 2 * tq);
-#pragma unroll
-            for (int j = 2 * ks; j < 8; j++) {
-                const float *Ar = A + (j * 8 + g) * kLd + ks * 16 + 2 * tq;
-                float2 x = *(const float2 *)Ar, y = *(const float2 *)(Ar + 8);
-                uint32_t f0 = pack2(x.x * b0.x, x.y * b0.y), f1 = pack2(y.x * b1.x, y.y * b1.y);
-                mma16816(acc[0][j], av[0], f0, f1);
-                mma16816(acc[1][j], av[1], f0, f1);
-            }
-        }
         bf16 *ut = a.ut + (id * a.n_v + h + v) * kDim * kChunk;
+#pragma unroll 1
+        for (int m = 0; m < 2; m++) {
+            float acc[8][4] = {};
 #pragma unroll
-        for (int m = 0; m < 2; m++)
+            for (int ks = 0; ks < 4; ks++) {
+                uint32_t av[4];
+                ldsm4t(av, v_s + v * kTile + at128(ks * 16 + (lane & 7) + ((lane >> 4) << 3), wq * 4 + m * 2 + ((lane >> 3) & 1)));
+                float2 b0 = *(const float2 *)(be + ks * 16 + 2 * tq), b1 = *(const float2 *)(be + ks * 16 + 8 + 2 * tq);
+#pragma unroll
+                for (int j = 2 * ks; j < 8; j++) {
+                    const float *Ar = A + (j * 8 + g) * kLd + ks * 16 + 2 * tq;
+                    float2 x = *(const float2 *)Ar, y = *(const float2 *)(Ar + 8);
+                    mma16816(acc[j], av, pack2(x.x * b0.x, x.y * b0.y), pack2(y.x * b1.x, y.y * b1.y));
+                }
+            }
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 bf16 *o = ut + (wq * 32 + m * 16 + g) * kChunk + j * 8 + 2 * tq;
-                *(uint32_t *)o = pack2(acc[m][j][0], acc[m][j][1]);
-                *(uint32_t *)(o + 8 * kChunk) = pack2(acc[m][j][2], acc[m][j][3]);
-            }
-
-        /* W [token][key 32 wq .. + 31] = A diag(beta e^gamma) K */
-        float wacc[4][4][4];
-#pragma unroll
-        for (int m = 0; m < 4; m++)
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                wacc[m][j][0] = wacc[m][j][1] = wacc[m][j][2] = wacc[m][j][3] = 0.f;
-#pragma unroll
-        for (int ks = 0; ks < 4; ks++) {
-            uint32_t b[2][4];
-#pragma unroll
-            for (int j = 0; j < 2; j++)
-                ldsm4t(b[j], k_s + at128(ks * 16 + (lane & 7) + ((lane >> 3) & 1) * 8, wq * 4 + j * 2 + (lane >> 4)));
-            float2 e0 = *(const float2 *)(eb + ks * 16 + 2 * tq), e1 = *(const float2 *)(eb + ks * 16 + 8 + 2 * tq);
-#pragma unroll
-            for (int m = ks; m < 4; m++) {
-                const float *Ar = A + (m * 16 + g) * kLd + ks * 16 + 2 * tq;
-                float2 x0 = *(const float2 *)Ar, x1 = *(const float2 *)(Ar + 8 * kLd);
-                float2 x2 = *(const float2 *)(Ar + 8), x3 = *(const float2 *)(Ar + 8 * kLd + 8);
-                uint32_t af[4] = { pack2(x0.x * e0.x, x0.y * e0.y), pack2(x1.x * e0.x, x1.y * e0.y),
-                                   pack2(x2.x * e1.x, x2.y * e1.y), pack2(x3.x * e1.x, x3.y * e1.y) };
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    mma16816(wacc[m][2 * j], af, b[j][0], b[j][1]);
-                    mma16816(wacc[m][2 * j + 1], af, b[j][2], b[j][3]);
-                }
+                *(uint32_t *)o = pack2(acc[j][0], acc[j][1]);
+                *(uint32_t *)(o + 8 * kChunk) = pack2(acc[j][2], acc[j][3]);
             }
         }
+
+        /* W [token][key 32 wq .. + 31] = A diag(beta e^gamma) K */
         bf16 *w = a.w + (id * a.n_v + h + v) * kChunk * kDim;
+#pragma unroll 1
+        for (int jp = 0; jp < 2; jp++) {
+            float acc[4][2][4] = {};
 #pragma unroll
-        for (int m = 0; m < 4; m++)
+            for (int ks = 0; ks < 4; ks++) {
+                uint32_t b[4];
+                ldsm4t(b, k_s + at128(ks * 16 + (lane & 7) + ((lane >> 3) & 1) * 8, wq * 4 + jp * 2 + (lane >> 4)));
+                float2 e0 = *(const float2 *)(eb + ks * 16 + 2 * tq), e1 = *(const float2 *)(eb + ks * 16 + 8 + 2 * tq);
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                bf16 *o = w + (m * 16 + g) * kDim + wq * 32 + j * 8 + 2 * tq;
-                *(uint32_t *)o = pack2(wacc[m][j][0], wacc[m][j][1]);
-                *(uint32_t *)(o + 8 * kDim) = pack2(wacc[m][j][2], wacc[m][j][3]);
+                for (int m = ks; m < 4; m++) {
+                    const float *Ar = A + (m * 16 + g) * kLd + ks * 16 + 2 * tq;
+                    float2 x0 = *(const float2 *)Ar, x1 = *(const float2 *)(Ar + 8 * kLd);
+                    float2 x2 = *(const float2 *)(Ar + 8), x3 = *(const float2 *)(Ar + 8 * kLd + 8);
+                    uint32_t af[4] = { pack2(x0.x * e0.x, x0.y * e0.y), pack2(x1.x * e0.x, x1.y * e0.y),
+                                       pack2(x2.x * e1.x, x2.y * e1.y), pack2(x3.x * e1.x, x3.y * e1.y) };
+                    mma16816(acc[m][0], af, b[0], b[1]);
+                    mma16816(acc[m][1], af, b[2], b[3]);
+                }
             }
+#pragma unroll
+            for (int m = 0; m < 4; m++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    bf16 *o = w + (m * 16 + g) * kDim + wq * 32 + jp * 16 + j * 8 + 2 * tq;
+                    *(uint32_t *)o = pack2(acc[m][j][0], acc[m][j][1]);
+                    *(uint32_t *)(o + 8 * kDim) = pack2(acc[m][j][2], acc[m][j][3]);
+                }
+        }
     }
 }
 
@@ -852,14 +885,17 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
     c.seq0 = (int)b->n_decode;
     c.n_seqs = (int)(b->n_seqs - b->n_decode);
     c.tok0 = (int)b->n_decode;
-    bool chunked = c.n_seqs > 0 && b->max_new > (uint32_t)kStepLimit && !dev->deterministic && g->scratch != NULL
+    const bool aligned = (g->conv_state.stride | g->conv_state.offset | (size_t)g->conv_state.base) % 16 == 0;
+    bool chunked = aligned && c.n_seqs > 0 && b->max_new > (uint32_t)kStepLimit && !dev->deterministic && g->scratch != NULL
                    && chunk_scratch(&c, (int)(b->n_tokens - b->n_decode)) <= g->scratch_bytes;
     if (!chunked)
         stepped = b->n_seqs;        /* short pieces, deterministic mode: token after token */
     int r = 0;
     if (stepped > 0) {
         bump(dev, COUNT_GDN_STEP);
-        r = launch(dev, cs(st), step_kernel, dim3(a.n_v, stepped), dim3(256), 0, a);
+        a.n_seqs = (int)stepped;
+        int64_t items = (int64_t)stepped * a.n_v;
+        r = launch(dev, cs(st), step_kernel, dim3((unsigned)(items < 2 * dev->n_sm ? items : 2 * dev->n_sm)), dim3(256), kStepSmem, a);
     }
     if (r == 0 && chunked)
         r = run_chunks(dev, cs(st), c, b, (char *)g->scratch);

@@ -1,8 +1,8 @@
 /*
- * linear, norm_linear, gate_up. Up to 64 rows stream the weights through gemm_stream; more rows go to cuBLASLt, except in
- * deterministic mode, where every 64 rows take the path that a decode step takes.
+ * linear, norm_linear, gate_up. Up to 4 rows go through gemv, up to stream_rows (64) through gemm_stream, more to cuBLASLt. In
+ * deterministic mode everything goes through gemm_stream, 64 rows at a time.
  */
-#include "gemm.cuh"
+#include "gemv.cuh"
 #include <errno.h>
 
 /* One matmul shape with the algorithm cuBLASLt's heuristic chose for it. */
@@ -116,21 +116,34 @@ int stream_rows(arle_device *dev, cudaStream_t st, gemm_args a, int out)
     return 0;
 }
 
-int matmul(arle_device *dev, cudaStream_t st, const arle_weight *w, const bf16 *x, int64_t ld_x, int64_t rows, void *y, int64_t ld_y,
-           bool f32_out, bool accumulate)
+gemm_args product(const arle_weight *w, const bf16 *x, int64_t ld_x, int64_t rows, void *y, int64_t ld_y)
 {
-    if (rows > kStreamRows && !dev->deterministic)
-        return lt_matmul(dev, st, w->data, w->n, w->k, x, ld_x, rows, y, ld_y, f32_out, accumulate);
     gemm_args a = {};
     a.w = w->data;
     a.x = x;
     a.ld_x = ld_x;
     a.y = y;
     a.ld_y = ld_y;
-    a.n = a.n_out = (int)w->n;
+    a.n = (int)w->n;
+    a.n_out = (int)w->n_real;
     a.k = (int)w->k;
     a.rows = (int)rows;
-    return stream_rows(dev, st, a, f32_out ? (accumulate ? GEMM_F32_ADD : GEMM_F32) : (accumulate ? GEMM_BF16_ADD : GEMM_BF16));
+    return a;
+}
+
+int matmul(arle_device *dev, cudaStream_t st, const arle_weight *w, const bf16 *x, int64_t ld_x, int64_t rows, void *y, int64_t ld_y,
+           bool f32_out, bool accumulate)
+{
+    if (rows > dev->stream_rows && !dev->deterministic)
+        return lt_matmul(dev, st, w->data, w->n, w->k, x, ld_x, rows, y, ld_y, f32_out, accumulate);
+    gemm_args a = product(w, x, ld_x, rows, y, ld_y);
+    int out = f32_out ? (accumulate ? GEMM_F32_ADD : GEMM_F32) : (accumulate ? GEMM_BF16_ADD : GEMM_BF16);
+    gemv_args v = {};
+    v.g = a;
+    v.g.out = out;
+    if (!dev->deterministic && gemv_fits(v))
+        return gemv(dev, st, v);
+    return stream_rows(dev, st, a, out);
 }
 
 bool aligned_rows(const void *p, int64_t ld) { return ((uintptr_t)p & 15) == 0 && ld % 8 == 0; }
@@ -194,6 +207,14 @@ extern "C" int cuda_norm_linear(struct arle_device *dev, struct arle_stream *st,
         return 0;
     if (a->dtype != ARLE_BF16 || (a->out_dtype != ARLE_BF16 && a->out_dtype != ARLE_F32) || !is_matrix(a->w) || a->scratch == NULL)
         return -EINVAL;
+    gemv_args v = {};
+    v.g = product(a->w, (const bf16 *)a->x, a->ld_x, a->n_tokens, a->y, a->ld_y);
+    v.g.out = a->out_dtype == ARLE_F32 ? GEMM_F32 : GEMM_BF16;
+    v.norm_w = a->norm_w;
+    v.eps = a->eps;
+    v.w_offset = a->w_offset;
+    if (!dev->deterministic && gemv_fits(v) && aligned_rows(a->x, a->ld_x))
+        return gemv(dev, cs(st), v);
     arle_rmsnorm_args n = {};
     n.dtype = a->dtype;
     n.n_tokens = a->n_tokens;
@@ -221,6 +242,15 @@ extern "C" int cuda_gate_up(struct arle_device *dev, struct arle_stream *st, con
     const bf16 *x = (const bf16 *)a->x;
     int64_t ld_x = a->ld_x;
     const arle_weight *w = a->w;
+    gemv_args v = {};
+    v.g = product(w, x, ld_x, a->n_tokens, a->out, a->ld_out);
+    v.g.out = GEMM_SILU;
+    v.g.limit = a->limit;
+    v.norm_w = a->norm_w;
+    v.eps = a->eps;
+    v.w_offset = a->w_offset;
+    if (!dev->deterministic && gemv_fits(v) && aligned_rows(x, ld_x))
+        return gemv(dev, cs(st), v);
     if (a->norm_w != NULL) {
         arle_rmsnorm_args n = {};
         n.dtype = a->dtype;
@@ -242,23 +272,14 @@ extern "C" int cuda_gate_up(struct arle_device *dev, struct arle_stream *st, con
     if (!aligned_rows(x, ld_x))
         return -EINVAL;
     /* Padded rows of w (I not a multiple of 8) do not fit the scratch, so such shapes stay on the streaming path. */
-    if (a->n_tokens > (uint32_t)kStreamRows && !dev->deterministic && w->n == 2 * w->n_real) {
+    if (a->n_tokens > (uint32_t)dev->stream_rows && !dev->deterministic && w->n == 2 * w->n_real) {
         bf16 *gu = (bf16 *)a->scratch + (int64_t)a->n_tokens * w->k;
         int r = lt_matmul(dev, cs(st), w->data, w->n, w->k, x, ld_x, a->n_tokens, gu, w->n, false, false);
         if (r < 0)
             return r;
         return launch_silu_interleaved(dev, cs(st), gu, w->n, (bf16 *)a->out, a->ld_out, a->n_tokens, w->n_real, a->limit);
     }
-    gemm_args g = {};
-    g.w = w->data;
-    g.x = x;
-    g.ld_x = ld_x;
-    g.y = a->out;
-    g.ld_y = a->ld_out;
-    g.n = (int)w->n;
-    g.n_out = (int)w->n_real;
-    g.k = (int)w->k;
-    g.rows = (int)a->n_tokens;
+    gemm_args g = product(w, x, ld_x, a->n_tokens, a->out, a->ld_out);
     g.limit = a->limit;
     return stream_rows(dev, cs(st), g, GEMM_SILU);
 }

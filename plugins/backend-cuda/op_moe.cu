@@ -3,7 +3,7 @@
  * products of gemm_stream, which reads the weights of each expert in use once per tile of tokens; the last kernel sums the
  * experts of a token in routing order.
  */
-#include "gemm.cuh"
+#include "gemv.cuh"
 #include <errno.h>
 
 namespace {
@@ -293,6 +293,176 @@ int run_shared(arle_device *dev, arle_stream *st, const arle_moe_experts_args *a
     return cuda_linear(dev, st, &l);
 }
 
+/*
+ * Few tokens: one product per (token, expert) pair straight from the routing, without sorting. As gemv, but a tile takes its weights
+ * from the pair's expert; the shared expert is one more pair per token. Tiles of 16 rows, units of 512 columns, 64 to a warp.
+ */
+struct pair_args {
+    const bf16 *w, *w_shared;
+    const int32_t *ids;
+    int n_pairs, n_rows;        /* routed pairs; with those of the shared expert */
+    int per_token;              /* routed pairs that share one row of x; 0: every pair has its own row */
+    int n, k, x_rows;
+    const bf16 *x; int64_t ld_x;
+    void *y;                    /* [n_rows][n_out]: bf16 of silu products, or f32 */
+    int n_out, silu;
+    float limit;
+    const float *scale;         /* [n_pairs] or NULL */
+};
+
+template <int STAGES>
+__global__ void __launch_bounds__(256, 2) pairs_kernel(const pair_args a)
+{
+    extern __shared__ __align__(128) unsigned char gemv_mem[];
+    __shared__ float sums[2][8][16];
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    const int per = (a.n + 15) / 16, n_tiles = per * a.n_rows, ku = (a.k + kGemvUnit - 1) / kGemvUnit;
+    const int tile0 = (int)((int64_t)n_tiles * blockIdx.x / gridDim.x), tile1 = (int)((int64_t)n_tiles * (blockIdx.x + 1) / gridDim.x);
+    const int nu = (tile1 - tile0) * ku, ld = a.k + 8;
+    bf16 *xs = (bf16 *)(gemv_mem + STAGES * kGemvStage);
+    const uint32_t ring = smem_u32(gemv_mem) + warp * 2048;
+    pdl_launch();
+    pdl_wait();
+
+    int l_tile = tile0, l_unit = 0;
+    auto load = [&](int stage) {
+        const int r0 = lane >> 3, ch = lane & 7, kk = l_unit * kGemvUnit + warp * 64 + ch * 8, pair = l_tile / per;
+        const bf16 *w = pair < a.n_pairs ? a.w + (int64_t)a.ids[pair] * a.n * a.k : a.w_shared;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int r = r0 + j * 4, n = l_tile % per * 16 + r;
+            bool ok = n < a.n && kk < a.k;
+            cp16(ring + stage * kGemvStage + r * 128 + ((ch ^ (r & 7)) << 4), ok ? w + (int64_t)n * a.k + kk : w, ok);
+        }
+        if (++l_unit == ku) {
+            l_unit = 0;
+            l_tile++;
+        }
+    };
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (s < nu)
+            load(s);
+        cp_commit();
+    }
+    for (int i = tid; i < a.x_rows * (a.k / 8); i += 256) {
+        int r = i / (a.k / 8), c = i % (a.k / 8) * 8;
+        *(uint4 *)(xs + r * ld + c) = *(const uint4 *)(a.x + r * a.ld_x + c);
+    }
+    __syncthreads();
+
+    float acc[4] = {};
+    const int g = lane >> 2, tq = lane & 3;
+    int tile = tile0, unit = 0;
+    for (int i = 0; i < nu; i++) {
+        cp_wait<STAGES - 2>();
+        __syncwarp();
+        if (i + STAGES - 1 < nu)
+            load((i + STAGES - 1) % STAGES);
+        cp_commit();
+        const uint32_t ws = ring + i % STAGES * kGemvStage;
+        const int k0 = unit * kGemvUnit + warp * 64 + 2 * tq, pair = tile / per;
+        const bf16 *x = xs + (a.per_token == 0 ? pair : pair < a.n_pairs ? pair / a.per_token : pair - a.n_pairs) * ld;
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++) {
+            uint32_t af[4], b0 = 0, b1 = 0;
+            int r = lane & 15, c = kk * 2 + (lane >> 4);
+            ldsm4(af, ws + r * 128 + ((c ^ (r & 7)) << 4));
+            if (g == 0 && k0 + kk * 16 < a.k) {
+                b0 = *(const uint32_t *)(x + k0 + kk * 16);
+                b1 = k0 + kk * 16 + 8 < a.k ? *(const uint32_t *)(x + k0 + kk * 16 + 8) : 0;
+            }
+            mma16816(acc, af, b0, b1);
+        }
+        if (++unit < ku)
+            continue;
+        unit = 0;
+        float (*out)[16] = sums[tile & 1];
+        if (tq == 0) {
+            out[warp][g] = acc[0];
+            out[warp][g + 8] = acc[2];
+        }
+        acc[0] = acc[1] = acc[2] = acc[3] = 0.f;
+        __syncthreads();
+        if (tid < 32) {
+            const int row = tid & 15;
+            float v = 0.f;
+#pragma unroll
+            for (int w = 0; w < 8; w++)
+                v += out[w][row];
+            float up = __shfl_down_sync(0xffffffffu, v, 8);
+            if (a.silu) {
+                int o = tile % per * 8 + tid;
+                if (tid < 8 && o < a.n_out) {
+                    float f = silu_limited(v, up, a.limit);
+                    if (a.scale != NULL && pair < a.n_pairs)
+                        f *= a.scale[pair];
+                    ((bf16 *)a.y)[(int64_t)pair * a.n_out + o] = __float2bfloat16_rn(f);
+                }
+            } else if (tid < 16 && tile % per * 16 + row < a.n) {
+                ((float *)a.y)[(int64_t)pair * a.n_out + tile % per * 16 + row] = v;
+            }
+        }
+        tile++;
+    }
+    cp_wait<0>();
+}
+
+int launch_pairs(arle_device *dev, cudaStream_t st, const pair_args &a)
+{
+    int tiles = (a.n + 15) / 16 * a.n_rows, most = 2 * dev->n_sm;
+    dim3 grid((unsigned)(tiles < most ? tiles : most));
+    if (gemv_bytes(5, a.x_rows, a.k) <= 112 * 1024)
+        return launch(dev, st, pairs_kernel<5>, grid, dim3(256), gemv_bytes(5, a.x_rows, a.k), a);
+    return launch(dev, st, pairs_kernel<3>, grid, dim3(256), gemv_bytes(3, a.x_rows, a.k), a);
+}
+
+/* Whether the pair form takes this call: few tokens, and a shared expert of the routed experts' shape or none. */
+bool pairs_fit(const arle_device *dev, const arle_moe_experts_args *a)
+{
+    const arle_weight *u = a->gate_up, *d = a->down, *su = a->shared_gate_up, *sd = a->shared_down;
+    int rows = (int)(a->n_tokens * (a->k + (sd != NULL)));
+    return !dev->deterministic && a->n_tokens <= (uint32_t)kGemvRows && gemv_bytes(3, (int)a->n_tokens, (int)u->k) <= 112 * 1024
+        && gemv_bytes(3, rows, (int)d->k) <= 112 * 1024
+        && (sd == NULL || (su->n == u->n && su->n_real == u->n_real && su->k == u->k && sd->n == d->n && sd->k == d->k));
+}
+
+int run_pairs(arle_device *dev, cudaStream_t st, const arle_moe_experts_args *a, bf16 *f, float *e)
+{
+    pair_args p = {};
+    p.w = a->gate_up->data;
+    p.w_shared = a->shared_gate_up != NULL ? a->shared_gate_up->data : NULL;
+    p.ids = a->ids;
+    p.n_pairs = (int)(a->n_tokens * a->k);
+    p.n_rows = p.n_pairs + (a->shared_down != NULL ? (int)a->n_tokens : 0);
+    p.per_token = (int)a->k;
+    p.n = (int)a->gate_up->n;
+    p.k = (int)a->gate_up->k;
+    p.x_rows = (int)a->n_tokens;
+    p.x = (const bf16 *)a->x;
+    p.ld_x = a->ld_x;
+    p.y = f;
+    p.n_out = (int)a->gate_up->n_real;
+    p.silu = 1;
+    p.limit = a->limit;
+    p.scale = a->weight_first ? a->weights : NULL;
+    int r = launch_pairs(dev, st, p);
+    if (r < 0)
+        return r;
+    pair_args d = {};
+    d.w = a->down->data;
+    d.w_shared = a->shared_down != NULL ? a->shared_down->data : NULL;
+    d.ids = a->ids;
+    d.n_pairs = p.n_pairs;
+    d.n_rows = d.x_rows = p.n_rows;
+    d.n = d.n_out = (int)a->down->n;
+    d.k = (int)a->down->k;
+    d.x = f;
+    d.ld_x = p.n_out;
+    d.y = e;
+    return launch_pairs(dev, st, d);
+}
+
 /* Tokens per tile: about twice the mean load of an expert, so that most experts need one tile. */
 int tile_tokens_for(int64_t pairs, int64_t experts)
 {
@@ -405,8 +575,24 @@ extern "C" int cuda_moe_experts(struct arle_device *dev, struct arle_stream *st,
     if (a->scratch == NULL || s.bytes > a->scratch_bytes)
         return -EINVAL;
     bump(dev, COUNT_MOE);
-    int r = run_routed(dev, cs(st), a, &s, f32);
-    if (r == 0 && a->shared_down != NULL)
+    int r;
+    const bool pairs = pairs_fit(dev, a);
+    if (pairs) {
+        /* Rows of the shared expert follow those of the routed pairs; cut() has room for them where it keeps both apart. */
+        size_t rows = (size_t)a->n_tokens * (a->k + 1);
+        bf16 *f = (bf16 *)a->scratch;
+        float *e = (float *)((char *)a->scratch + ((rows * u->n_real * 2 + 255) & ~(size_t)255));
+        if ((size_t)((char *)(e + rows * d->n) - (char *)a->scratch) > a->scratch_bytes)
+            return -EINVAL;
+        r = run_pairs(dev, cs(st), a, f, e);
+        s.e = e;
+        s.ys = e + (size_t)a->n_tokens * a->k * d->n;
+        if (a->shared_down == NULL)
+            s.ys = NULL;
+    } else {
+        r = run_routed(dev, cs(st), a, &s, f32);
+    }
+    if (r == 0 && !pairs && a->shared_down != NULL)
         r = run_shared(dev, st, a, &s, f32);
     if (r < 0)
         return r;

@@ -222,7 +222,7 @@ int check_part(const arle_weight_desc *d, const arle_weight_part *p, int64_t k, 
         return arle_err_param(err, -EINVAL, d->name, "%s: a part without a tensor", d->name);
     if (p->format == ARLE_FMT_PLAIN && p->t->dtype != ARLE_F32 && p->t->dtype != ARLE_BF16 && p->t->dtype != ARLE_F16)
         return arle_err_param(err, -EINVAL, d->name, "%s: element type %u; this backend packs f32, bf16 and f16", d->name, p->t->dtype);
-    if (p->format != ARLE_FMT_PLAIN && (p->scale == NULL || p->bn == 0 || p->bk == 0))
+    if (p->format != ARLE_FMT_PLAIN && (p->scale == NULL || p->bk == 0 || (p->bn == 0 && p->format == ARLE_FMT_FP8_BLOCK)))
         return arle_err_param(err, -EINVAL, d->name, "%s: quantised part without scales", d->name);
     if (p->format > ARLE_FMT_FP4_GROUP)
         return arle_err_param(err, -EINVAL, d->name, "%s: storage format %u is not handled", d->name, p->format);

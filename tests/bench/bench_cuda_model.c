@@ -247,7 +247,7 @@ static void bench_prefill(uint32_t tokens)
 
 int main(int argc, char **argv)
 {
-    const char *sets[8];
+    const char *sets[8] = { NULL };
     size_t n_sets = 0;
     const struct shape *s = argc > 1 && strcmp(argv[1], "35b") == 0 ? &shapes[1] : &shapes[0];
     for (int i = 2; i < argc && n_sets < 8; i++)

@@ -5,6 +5,9 @@
 #include "model_harness.h"
 #include "tap.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 static const char *model;
 static uint32_t chunk;
 
@@ -41,15 +44,32 @@ static void golden_outputs(void)
     harness_close(h);
 }
 
+/* The registry judges plugins in children, which cannot use a GPU that their parent has opened: one process per model. */
+static void in_a_child(void)
+{
+    int status = 0;
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        golden_outputs();
+        fflush(stdout);
+        _exit(tap_skip != NULL && !tap_case_failed ? 77 : tap_case_failed);
+    }
+    REQUIRE(pid > 0 && waitpid(pid, &status, 0) == pid);
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 77)
+        SKIP("no CUDA device");
+    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
 int main(void)
 {
     static const char *const models[] = { "qwen35-tiny", "qwen35-micro", "qwen35-moe-tiny" };
-    setenv("ARLE_TEST_BACKEND", "cuda", 1);
+    setenv("ARLE_TEST_BACKEND", "cuda", 0);
     for (unsigned i = 0; i < 3; i++)
         for (unsigned j = 0; j < 2; j++) {
             model = models[i];
             chunk = j == 0 ? 2048 : 64;
-            RUN(golden_outputs);
+            RUN(in_a_child);
         }
     return tap_done();
 }
