@@ -11,6 +11,7 @@
 #define ARLE_TESTS_SCHED_FAKE_H
 
 #include "sched/engine.h"
+#include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -44,6 +45,7 @@ struct arle_device {
     uint32_t context;
     uint64_t mem_free;
     uint64_t die_at_step, fail_at_step;     /* event_sync says -EIO; model->step says -EINVAL */
+    int32_t nan_after;                      /* a row whose last token is this one gets logits that are no numbers; 0 none */
     int64_t sleep_us;                       /* real time per step */
     _Atomic int64_t clock_us;               /* virtual */
     struct arle_stream *streams[8]; uint32_t n_streams;
@@ -127,6 +129,9 @@ static inline void fake_run_step(struct arle_model *m, const struct arle_step *s
         uint64_t h = m->hash[st->rows[r]];
         memset(row, 0, FAKE_VOCAB * sizeof *row);
         row[h == 0 ? FAKE_POISON : fake_next(h)] = 8;
+        if (d->nan_after != 0 && st->batch.ids[st->rows[r]] == d->nan_after)
+            for (int32_t v = 0; v < FAKE_VOCAB; v++)
+                row[v] = NAN;
     }
     for (uint32_t t = 0; (st->flags & ARLE_STEP_DRAFTS) && t < st->batch.n_tokens; t++)
         st->drafts[t] = st->batch.pos[t] == 0 ? -1 : fake_next(m->hash[t]);

@@ -260,7 +260,7 @@ static int init_buffers(struct engine *e, struct arle_err *err)
     e->max_stride = (e->context + e->page_tokens - 1) / e->page_tokens;
     e->bias_cap = MAX_BIAS + 64 * e->cfg.max_seqs;
     e->in_bytes = plan_layout(e->cfg.max_tokens, e->cfg.max_seqs, e->max_rows, e->max_stride, e->bias_cap).end;
-    e->draft_at = results_at(NULL, e->max_rows).bytes_top;
+    e->draft_at = results_bytes(e->max_rows);
     e->out_bytes = e->draft_at + (size_t)e->cfg.max_tokens * 4;
     e->cap_touched = 2 * e->cfg.max_seqs + 64;
     e->touched = calloc(e->cap_touched, sizeof *e->touched);

@@ -30,10 +30,20 @@ struct layout plan_layout(uint32_t n_tokens, uint32_t n_seqs, uint32_t n_rows, u
     return l;
 }
 
+static size_t result_rows(uint32_t n_rows)
+{
+    return (n_rows + 3u) & ~3u;             /* arrays stay 16-byte aligned */
+}
+
+size_t results_bytes(uint32_t n_rows)
+{
+    return result_rows(n_rows) * (16 + 8 * ARLE_MAX_TOP);
+}
+
 struct results results_at(uint8_t *base, uint32_t n_rows)
 {
     struct results r;
-    size_t n = (n_rows + 3u) & ~3u;         /* arrays stay 16-byte aligned */
+    size_t n = result_rows(n_rows);
     r.ids = (int32_t *)base;
     r.logprob = (float *)(base + n * 4);
     r.target = (float *)(base + n * 8);
@@ -41,7 +51,7 @@ struct results results_at(uint8_t *base, uint32_t n_rows)
     r.bytes = n * 16;
     r.top_ids = (int32_t *)(base + r.bytes);
     r.top_logprobs = (float *)(base + r.bytes + n * 4 * ARLE_MAX_TOP);
-    r.bytes_top = r.bytes + n * 8 * ARLE_MAX_TOP;
+    r.bytes_top = results_bytes(n_rows);
     return r;
 }
 

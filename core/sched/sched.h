@@ -230,6 +230,7 @@ bool plan_step(struct engine *e, struct step *s);       /* false: nothing to do 
 bool seq_ready(const struct seq *sq);                   /* has a position that a step could compute now */
 void sample_row(const struct engine *e, const struct step *s, const struct row *row, struct arle_sample_row *out);
 struct results results_at(uint8_t *base, uint32_t n_rows);
+size_t results_bytes(uint32_t n_rows);                  /* alternatives included */
 
 /* step.c */
 int step_launch(struct engine *e, struct step *s);

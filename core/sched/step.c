@@ -250,7 +250,7 @@ static void take_token(struct engine *e, struct seq *sq, const struct results *r
     sq->pending--;
     if (sq->state == SEQ_DONE)
         return;             /* it ended in the step before this one: thrown away */
-    if (id < 0 || (uint32_t)id >= e->desc.n_valid) {
+    if (id < 0 || (uint32_t)id >= e->desc.n_valid || !isfinite(res->top_logit[r])) {
         log_warn("sched", "no_token", "req=%llx id=%d reason=\"logits are not finite\"", (unsigned long long)rq->id, id);
         seq_finish(e, sq, FINISH_ERROR, -EDOM);
         return;

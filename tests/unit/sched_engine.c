@@ -424,6 +424,33 @@ static void a_refused_step_ends_its_own(void)
     finish();
 }
 
+static void broken_logits_end_one_answer(void)
+{
+    static struct got g[2];
+    int32_t good[20], bad[20];
+    memset(g, 0, sizeof g);
+    start(true);
+    fake_prompt(good, 20, 1);
+    fake_prompt(bad, 20, 2);
+    dev.nan_after = bad[19];
+    EXPECT(good[19] != bad[19]);
+    struct request_args a = fake_args(good, 20, 30);
+    struct request *one = submit(&a);
+    a.tokens = bad;
+    struct request *two = submit(&a);
+    run_dry();
+    dev.nan_after = 0;
+    read_events(one, &g[0], 1);
+    read_events(two, &g[1], 1);
+    expect_greedy(good, 20, &g[0], 30);
+    EXPECT_EQ(g[1].finish, FINISH_ERROR);
+    EXPECT_EQ(g[1].error, -EDOM);
+    EXPECT_EQ(g[1].n, 0);
+    request_unref(one);
+    request_unref(two);
+    finish();
+}
+
 static void open_refuses(void)
 {
     fake_init(&dev);
@@ -480,6 +507,7 @@ int main(void)
     RUN(death_sync);
     RUN(death_ahead);
     RUN(a_refused_step_ends_its_own);
+    RUN(broken_logits_end_one_answer);
     RUN(open_refuses);
     return tap_done();
 }
