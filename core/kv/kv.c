@@ -109,6 +109,8 @@ int kv_create(struct kv **out, const struct kv_config *cfg, struct arle_device *
         r = size_tree(kv, err);
     if (r == 0)
         r = move_init(kv, err);
+    if (r == 0)
+        r = slow_init(kv, err);
     if (r < 0) {
         kv_destroy(kv);
         return r;
@@ -136,6 +138,7 @@ void kv_destroy(struct kv *kv)
 {
     if (kv == NULL)
         return;
+    slow_fini(kv);
     move_fini(kv);
     seq_list_free(kv->seqs);
     seq_list_free(kv->spare);
@@ -185,6 +188,8 @@ void kv_publish_stats(struct kv *kv)
     s.pages_cached = kv->idle_pages;
     s.host_bytes = (uint64_t)(kv->host_pages.n - kv->host_pages.n_free) * kv->page_total
                    + (uint64_t)(kv->host_states.n - kv->host_states.n_free) * kv->state_total;
+    if (kv->slow != NULL)
+        slow_stats(kv, &s);
     s.snapshot_bytes = (uint64_t)(kv->snap_pool.n - kv->snap_pool.n_free) * kv->state_total;
     s.slots_total = kv->slots.n;
     s.slots_free = kv->slots.n_free;

@@ -9,6 +9,7 @@
 #include "kv/kv_check.h"
 #include "kv/kv_hash.h"
 #include "kv/kv_heap.h"
+#include "kv/kv_disk.h"
 #include "kv/page.h"
 #include "util/clock.h"
 
@@ -39,11 +40,11 @@ struct kv_node {
     uint32_t busy;                      /* moves under way; each of them also is a user */
     int32_t tprev, tnext;               /* its tenant's list of evictable nodes */
     uint64_t hash;                      /* of the whole path */
-    uint64_t disk;                      /* id of the disk object, 0 = none */
+    uint64_t disk, disk_new;            /* id of the disk object; of the one being written; 0 = none */
     uint8_t store;                      /* the cluster tier has it */
     uint8_t origin;                     /* enum kv_tier it was promoted from and not yet counted */
-    uint8_t want;                       /* WANT_... */
-    uint8_t has_key;
+    uint8_t store_new;                  /* being put there */
+    uint8_t has_key;                    /* kv.keys holds its key */
     uint8_t idle;                       /* counted in kv.idle_pages */
     double prio;                        /* worth when it was last let go */
 };
@@ -54,8 +55,8 @@ struct kv_snap {
     uint32_t pos, cost;                 /* cost: tokens to recompute without it */
     uint32_t hits, pins, busy;
     int32_t dev, host;                  /* record slots, -1 = none */
-    uint64_t disk;
-    uint8_t store, origin, has_key;
+    uint64_t disk, disk_new;
+    uint8_t store, store_new, origin;
     double prio;
 };
 
@@ -153,6 +154,10 @@ struct kv {
     struct kv_promo promo[N_PROMOS]; uint32_t n_promos;
     struct kv_seq *zombies;             /* closed, but their host slots are still being copied */
     uint32_t n_moving;
+    /* disk and cluster (kv_slow.c) */
+    struct kv_slow *slow;
+    struct kv_heap disk_heap, store_heap;       /* nodes to be written there */
+    struct kv_heap snap_disk_heap, snap_store_heap;
     double prefill_tokens_s;            /* 0: not reported yet */
     double tier_bytes_s[N_TIERS];
 
@@ -224,6 +229,8 @@ void tree_publish(struct kv_seq *s);
 bool tree_snapshot(struct kv_seq *s, uint32_t pos);
 /** A node for exactly the tokens [0, pos) of s. -1: no room. */
 int32_t tree_node_at(struct kv_seq *s, uint32_t pos);
+/** The child of parent with these tokens, found or made without data; the caller gives it some at once. -1: the tree is full. */
+int32_t tree_enter(struct kv *kv, int32_t parent, const int32_t *tokens, uint32_t n);
 /** Drops cached device pages until `want` are free; false when that is not possible. */
 bool tree_make_room(struct kv *kv, uint32_t want);
 /** A page whose last other holder let go may be evictable now. */
@@ -284,6 +291,29 @@ static inline char *host_state_ptr(const struct kv *kv, int32_t slot)
 void page_copy_host(struct kv *kv, struct arle_stream *st, int32_t page, int32_t slot, bool up);
 /** The event behind a sequence's park or resume has passed. */
 void seq_moved(struct kv_seq *s);
+
+/* ---- kv_slow.c: disk and cluster ------------------------------------------------------------------------------------- */
+
+/** Opens the disk tier, enters what it holds into the tree, starts the movers. */
+int slow_init(struct kv *kv, struct arle_err *err);
+/** Writes what is still to be written, for at most a while, and stops the movers. */
+void slow_fini(struct kv *kv);
+/** Hands work to the movers. Once per step; takes a lock only when there is some. */
+void slow_write(struct kv *kv);
+/** Takes results back; false when there were none. */
+bool slow_poll(struct kv *kv);
+/** Starts reading what the path to node, and snap, have in slow tiers only. False: cannot be had. */
+bool slow_read(struct kv *kv, int32_t node, int32_t snap);
+/** Whether the cluster may know more of this prompt than m says: 0 nothing to wait for, -EINPROGRESS asked. */
+int slow_ask(struct kv *kv, int root, const int32_t *tokens, uint32_t n, const struct kv_match *m);
+void slow_forget_node(struct kv *kv, int32_t node);
+void slow_forget_snap(struct kv *kv, int32_t snap);
+void slow_update_node(struct kv *kv, int32_t node);
+void slow_update_snap(struct kv *kv, int32_t snap);
+void snap_set_host(struct kv *kv, int32_t snap, int32_t slot);
+bool slow_idle(const struct kv *kv);
+void slow_stats(const struct kv *kv, struct kv_stats *st);
+void move_measured(struct kv *kv, enum kv_tier tier, uint64_t bytes, int64_t us);
 
 /** Copies the current counters to where kv_stat finds them. */
 void kv_publish_stats(struct kv *kv);

@@ -9,6 +9,8 @@
 #include <stdlib.h>
 
 #define PROMO_KEEP_US 5000000       /* a promoted prefix nobody came back for is let go */
+#define STAGE_PAGES 64u             /* host places at least, when there are slower tiers */
+#define STAGE_STATES 4u
 #define MIN_FETCH_TOKENS 16         /* shorter gains are not worth the trouble */
 
 static int host_alloc(struct kv *kv, struct arle_err *err)
@@ -19,6 +21,10 @@ static int host_alloc(struct kv *kv, struct arle_err *err)
         state_bytes = kv->page_total > 0 ? bytes / 100 * pct : bytes;
     uint64_t n_pages = kv->page_total > 0 ? (bytes - state_bytes) / kv->page_total : 0;
     uint64_t n_states = kv->has_state ? state_bytes / kv->state_total : 0;
+    if (kv->disk_dir[0] != '\0' || kv->cfg.store != NULL) {      /* slower tiers are reached through host memory */
+        n_pages = kv->page_total > 0 && n_pages < STAGE_PAGES ? STAGE_PAGES : n_pages;
+        n_states = kv->has_state && n_states < STAGE_STATES ? STAGE_STATES : n_states;
+    }
     if (n_pages > INT32_MAX / 2 || n_states > INT32_MAX / 2)
         return arle_err_param(err, -EINVAL, "host_bytes", "host tier of %" PRIu64 " bytes has too many places", bytes);
     if (page_pool_init(&kv->host_pages, 0, (uint32_t)n_pages) < 0 || page_pool_init(&kv->host_states, 0, (uint32_t)n_states) < 0)
@@ -42,7 +48,7 @@ int move_init(struct kv *kv, struct arle_err *err)
         || kv_heap_init(&kv->snap_host_heap, kv->n_snaps) < 0 || kv_heap_init(&kv->snap_down_heap, kv->n_snaps) < 0)
         return arle_err_set(err, -ENOMEM, "no memory for the books of the host tier");
     int r = host_alloc(kv, err);
-    if (r < 0 || kv->cfg.host_bytes == 0)
+    if (r < 0 || (kv->host_pages.n == 0 && kv->host_states.n == 0))
         return r;
     r = kv->mem->stream_create(kv->dev, &kv->copy, err);
     if (r == 0)
@@ -90,7 +96,9 @@ void move_update_node(struct kv *kv, int32_t i)
     bool barren = kv->has_state && n->kids == 0 && n->snaps < 0;
     put_or_remove(&kv->host_heap, i, idle && n->host >= 0 && n->host_kids == 0, n->prio);
     put_or_remove(&kv->down_heap, i, kv->host_pages.n > 0 && idle && n->page >= 0 && n->host < 0 && !barren
-                  && kv->pages.refs[n->page] == 1, n->prio);
+                  && !(n->disk != 0 && kv->cfg.host_bytes == 0) && kv->pages.refs[n->page] == 1, n->prio);
+    if (kv->slow != NULL)
+        slow_update_node(kv, i);
 }
 
 void move_update_snap(struct kv *kv, int32_t i)
@@ -98,7 +106,10 @@ void move_update_snap(struct kv *kv, int32_t i)
     const struct kv_snap *s = &kv->snaps[i];
     bool idle = s->node >= 0 && s->pins == 0;
     put_or_remove(&kv->snap_host_heap, i, idle && s->host >= 0, s->prio);
-    put_or_remove(&kv->snap_down_heap, i, kv->host_states.n > 0 && idle && s->dev >= 0 && s->host < 0, s->prio);
+    put_or_remove(&kv->snap_down_heap, i, kv->host_states.n > 0 && idle && s->dev >= 0 && s->host < 0
+                  && !(s->disk != 0 && kv->cfg.host_bytes == 0), s->prio);
+    if (kv->slow != NULL)
+        slow_update_snap(kv, i);
 }
 
 void node_set_host(struct kv *kv, int32_t i, int32_t slot)
@@ -118,7 +129,7 @@ void node_set_host(struct kv *kv, int32_t i, int32_t slot)
     move_update_node(kv, i);
 }
 
-static void snap_set_host(struct kv *kv, int32_t i, int32_t slot)
+void snap_set_host(struct kv *kv, int32_t i, int32_t slot)
 {
     if (kv->snaps[i].host >= 0)
         page_unref(&kv->host_states, kv->snaps[i].host);
@@ -130,12 +141,16 @@ void move_forget_node(struct kv *kv, int32_t i)
 {
     if (kv->nodes[i].host >= 0)
         node_set_host(kv, i, -1);
+    if (kv->slow != NULL)
+        slow_forget_node(kv, i);
 }
 
 void move_forget_snap(struct kv *kv, int32_t i)
 {
     if (kv->snaps[i].host >= 0)
         snap_set_host(kv, i, -1);
+    if (kv->slow != NULL)
+        slow_forget_snap(kv, i);
 }
 
 int32_t host_page_get(struct kv *kv)
@@ -263,7 +278,7 @@ static void snap_moved(struct kv *kv, bool up, int32_t snap, int32_t dev, int32_
     tree_unpin(kv, s->node);
 }
 
-static void measured(struct kv *kv, enum kv_tier tier, uint64_t bytes, int64_t us)
+void move_measured(struct kv *kv, enum kv_tier tier, uint64_t bytes, int64_t us)
 {
     double now = (double)bytes * 1e6 / (double)(us > 0 ? us : 1);
     kv->tier_bytes_s[tier] = kv->tier_bytes_s[tier] * 0.8 + now * 0.2;
@@ -282,7 +297,7 @@ static void move_done(struct kv *kv, struct kv_move *m)
     else
         kv->st.demoted_bytes[TIER_HOST] += m->bytes;
     if (m->up)
-        measured(kv, TIER_HOST, m->bytes, clock_mono_us() - m->start_us);
+        move_measured(kv, TIER_HOST, m->bytes, clock_mono_us() - m->start_us);
     kv->in_flight -= m->n;
     m->n = 0;
 }
@@ -415,10 +430,41 @@ static void promo_end(struct kv *kv, struct kv_promo *p)
     kv->n_promos--;
 }
 
-/* Returns 1 when it has just become ready. */
+/* The page nearest the root on the path that no tier has any more, -1 when all is well. */
+static int32_t path_lost(const struct kv *kv, int32_t node)
+{
+    int32_t lost = -1;
+    for (int32_t i = node; kv->nodes[i].fill > 0; i = kv->nodes[i].parent)
+        if (kv->nodes[i].page < 0 && !node_elsewhere(&kv->nodes[i]) && kv->nodes[i].busy == 0)
+            lost = i;
+    return lost;
+}
+
+/* Ends a promotion whose data a tier has lost, and forgets what can never be used again. */
+static bool promo_lost(struct kv *kv, struct kv_promo *p)
+{
+    int32_t lost = path_lost(kv, p->node), snap = p->snap;
+    bool state = snap >= 0 && kv->snaps[snap].dev < 0 && !snap_elsewhere(&kv->snaps[snap]) && kv->snaps[snap].busy == 0;
+    if (lost < 0 && !state)
+        return false;
+    promo_end(kv, p);
+    if (state && kv->snaps[snap].pins == 0)
+        snap_drop(kv, snap);
+    if (lost >= 0 && kv->nodes[lost].users == 0)
+        tree_remove(kv, lost);
+    return true;
+}
+
+/* Returns 1 when it has just become ready, or ended: the prompt can be opened now with what there is. */
 static int promo_advance(struct kv *kv, struct kv_promo *p)
 {
     if (!p->ready) {
+        if (promo_lost(kv, p))
+            return 1;
+        if (kv->slow != NULL && !slow_read(kv, p->node, p->snap)) {
+            promo_end(kv, p);
+            return 1;
+        }
         /* Waiting for room while holding half of a prefix could block others that do the same: give up instead. */
         if (!start_up(kv, p)) {
             promo_end(kv, p);
@@ -500,6 +546,8 @@ int move_poll(struct kv *kv)
     if (kv->copy == NULL)
         return 0;
     moves_finish(kv);
+    if (kv->slow != NULL)
+        ready += slow_poll(kv);
     if (kv->n_moving > 0)
         seqs_finish(kv);
     for (int i = 0; i < N_PROMOS && kv->n_promos > 0; i++)
@@ -513,5 +561,5 @@ bool move_idle(const struct kv *kv)
     for (int i = 0; i < N_PROMOS; i++)
         if (kv->promo[i].node >= 0 && !kv->promo[i].ready)
             return false;
-    return kv->in_flight == 0 && kv->n_moving == 0;
+    return kv->in_flight == 0 && kv->n_moving == 0 && (kv->slow == NULL || slow_idle(kv));
 }

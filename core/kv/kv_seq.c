@@ -187,7 +187,9 @@ static int find_prefix(struct kv *kv, const uint8_t *salt, const int32_t *tokens
         if (a->root < 0)
             return arle_err_set(err, -ENOMEM, "no memory for another tenant in the prefix tree");
         tree_match(kv, a->root, tokens, n, n - 1, false, &a->m);
-        int r = bring_up(kv, tokens, n, a);
+        int r = kv->slow != NULL ? slow_ask(kv, a->root, tokens, n, &a->m) : 0;
+        if (r == 0)
+            r = bring_up(kv, tokens, n, a);
         if (r < 0)
             return arle_err_set(err, r, "a longer prefix is on its way to the device");
     }
@@ -546,6 +548,8 @@ int kv_poll(struct kv *kv)
 void kv_step_end(struct kv *kv)
 {
     move_down(kv);
+    if (kv->slow != NULL)
+        slow_write(kv);
     kv_publish_stats(kv);
 }
 
@@ -576,7 +580,11 @@ void kv_report_prefill(struct kv *kv, uint32_t n_tokens, int64_t us)
 int kv_settle(struct kv *kv, int64_t deadline_ms)
 {
     int64_t end = clock_mono_us() + deadline_ms * 1000;
-    for (kv_poll(kv); !move_idle(kv); kv_poll(kv)) {
+    for (;; kv_poll(kv)) {
+        kv_step_end(kv);
+        kv_poll(kv);
+        if (move_idle(kv))
+            break;
         if (clock_mono_us() > end)
             return -ETIMEDOUT;
         nanosleep(&(struct timespec){ .tv_nsec = 50000 }, NULL);

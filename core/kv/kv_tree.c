@@ -559,6 +559,30 @@ static int32_t child_for(struct kv_seq *s, uint32_t start, uint32_t len)
     return mine;
 }
 
+int32_t tree_enter(struct kv *kv, int32_t parent, const int32_t *tokens, uint32_t n)
+{
+    uint64_t hash = tree_path_hash(kv->nodes[parent].hash, tokens, n);
+    int32_t i = n == kv->pt ? full_child(kv, parent, hash, tokens) : -1;
+    if (i >= 0)
+        return i;
+    tree_pin(kv, parent);
+    i = node_alloc(kv);
+    tree_unpin(kv, parent);
+    if (i < 0)
+        return -1;
+    struct kv_node *k = &kv->nodes[i];
+    k->root = kv->nodes[parent].root;
+    k->start = kv->nodes[parent].start + kv->nodes[parent].fill;
+    k->fill = n;
+    k->hash = hash;
+    k->prio = kv->dev_age;
+    memcpy(node_toks(kv, i), tokens, n * sizeof *tokens);
+    kid_link(kv, parent, i);
+    if (n == kv->pt)
+        table_add(kv, i);
+    return i;
+}
+
 static void enforce_quota(struct kv *kv, int root)
 {
     struct kv_tenant *t = &kv->tenants[kv->roots[root].tenant];
