@@ -43,6 +43,7 @@ struct kv_node {
     uint64_t disk, disk_new;            /* id of the disk object; of the one being written; 0 = none */
     uint8_t store;                      /* the cluster tier has it */
     uint8_t origin;                     /* enum kv_tier it was promoted from and not yet counted */
+    uint8_t rising;                     /* its page is being copied up */
     uint8_t store_new;                  /* being put there */
     uint8_t has_key;                    /* kv.keys holds its key */
     uint8_t idle;                       /* counted in kv.idle_pages */
@@ -151,6 +152,7 @@ struct kv {
     struct kv_heap snap_host_heap, snap_down_heap;
     struct kv_move move[N_MOVES];
     uint32_t in_flight;                 /* items in moves */
+    int32_t *path;                      /* [max_pages + 1] scratch: a path from the root down */
     struct kv_promo promo[N_PROMOS]; uint32_t n_promos;
     struct kv_seq *zombies;             /* closed, but their host slots are still being copied */
     uint32_t n_moving;
@@ -267,6 +269,8 @@ void move_update_snap(struct kv *kv, int32_t snap);
 void move_down(struct kv *kv);
 /** Handles finished copies and goes on with promotions; returns how many became ready. */
 int move_poll(struct kv *kv);
+/** Puts the pages of the path to node into kv.path, from the root down; returns how many. */
+uint32_t move_path(struct kv *kv, int32_t node);
 /** True when all that m needs is on the device. */
 bool move_here(const struct kv *kv, const struct kv_match *m);
 /** Whether fetching everything that `m` needs and is not on the device costs less time than computing `tokens` tokens. */

@@ -9,8 +9,8 @@
 #include <stdlib.h>
 
 #define PROMO_KEEP_US 5000000       /* a promoted prefix nobody came back for is let go */
-#define STAGE_PAGES 64u             /* host places at least, when there are slower tiers */
-#define STAGE_STATES 4u
+#define STAGE_PAGES 256u            /* host places at least, when there are slower tiers */
+#define STAGE_STATES 8u
 #define MIN_FETCH_TOKENS 16         /* shorter gains are not worth the trouble */
 
 static int host_alloc(struct kv *kv, struct arle_err *err)
@@ -47,6 +47,9 @@ int move_init(struct kv *kv, struct arle_err *err)
     if (kv_heap_init(&kv->host_heap, kv->n_nodes) < 0 || kv_heap_init(&kv->down_heap, kv->n_nodes) < 0
         || kv_heap_init(&kv->snap_host_heap, kv->n_snaps) < 0 || kv_heap_init(&kv->snap_down_heap, kv->n_snaps) < 0)
         return arle_err_set(err, -ENOMEM, "no memory for the books of the host tier");
+    kv->path = calloc((size_t)kv->max_pages + 1, sizeof *kv->path);
+    if (kv->path == NULL)
+        return arle_err_set(err, -ENOMEM, "no memory for the books of the host tier");
     int r = host_alloc(kv, err);
     if (r < 0 || (kv->host_pages.n == 0 && kv->host_states.n == 0))
         return r;
@@ -71,6 +74,7 @@ void move_fini(struct kv *kv)
         kv->mem->free(kv->dev, ARLE_MEM_PINNED, kv->host_page_base);
     if (kv->host_state_base != NULL)
         kv->mem->free(kv->dev, ARLE_MEM_PINNED, kv->host_state_base);
+    free(kv->path);
     page_pool_fini(&kv->host_pages);
     page_pool_fini(&kv->host_states);
     kv_heap_fini(&kv->host_heap);
@@ -95,8 +99,10 @@ void move_update_node(struct kv *kv, int32_t i)
     bool idle = n->parent >= 0 && n->users == 0;
     bool barren = kv->has_state && n->kids == 0 && n->snaps < 0;
     put_or_remove(&kv->host_heap, i, idle && n->host >= 0 && n->host_kids == 0, n->prio);
-    put_or_remove(&kv->down_heap, i, kv->host_pages.n > 0 && idle && n->page >= 0 && n->host < 0 && !barren
-                  && !(n->disk != 0 && kv->cfg.host_bytes == 0) && kv->pages.refs[n->page] == 1, n->prio);
+    /* Without a host tier of its own the host only passes on what can go further. */
+    bool stays = kv->cfg.host_bytes > 0 || (n->disk == 0 && !n->store && (n->fill == kv->pt || (n->start + n->fill) % 64 == 0));
+    put_or_remove(&kv->down_heap, i, kv->host_pages.n > 0 && idle && n->page >= 0 && n->host < 0 && !barren && stays
+                  && kv->pages.refs[n->page] == 1, n->prio);
     if (kv->slow != NULL)
         slow_update_node(kv, i);
 }
@@ -107,7 +113,7 @@ void move_update_snap(struct kv *kv, int32_t i)
     bool idle = s->node >= 0 && s->pins == 0;
     put_or_remove(&kv->snap_host_heap, i, idle && s->host >= 0, s->prio);
     put_or_remove(&kv->snap_down_heap, i, kv->host_states.n > 0 && idle && s->dev >= 0 && s->host < 0
-                  && !(s->disk != 0 && kv->cfg.host_bytes == 0), s->prio);
+                  && (kv->cfg.host_bytes > 0 || (s->disk == 0 && !s->store && s->pos % 64 == 0)), s->prio);
     if (kv->slow != NULL)
         slow_update_snap(kv, i);
 }
@@ -228,6 +234,7 @@ static void move_add(struct kv *kv, struct kv_move *m, int32_t node, int32_t sna
     if (node >= 0) {
         m->item[m->n].fill = kv->nodes[node].fill;
         kv->nodes[node].busy++;
+        kv->nodes[node].rising = m->up;
         tree_pin(kv, node);
         page_copy_host(kv, kv->copy, dev, host, m->up);
         m->bytes += kv->page_total;
@@ -247,6 +254,8 @@ static void node_moved(struct kv *kv, bool up, int32_t node, int32_t dev, int32_
 {
     struct kv_node *n = &kv->nodes[node];
     n->busy--;
+    if (up)
+        n->rising = 0;
     if (up && n->page < 0 && n->fill == fill) {
         tree_set_page(kv, node, dev);
         if (n->origin == TIER_DEVICE)
@@ -305,19 +314,23 @@ static void move_done(struct kv *kv, struct kv_move *m)
 /* ---- down ----------------------------------------------------------------------------------------------------------- */
 
 /*
- * Pages go down while the host has free places, and otherwise until half of the device could be free at once. What is least worth
+ * Pages go down while the host has places that are free or hold what is on disk too, and otherwise until half of the device could be free at once. What is least worth
  * goes first in both directions, so that the clean half is the one that is evicted.
  */
 static bool pages_should_go(const struct kv *kv)
 {
+    int32_t least = kv_heap_min(&kv->host_heap);
+    bool free_place = kv->host_pages.n_free > 0 || (least >= 0 && (kv->nodes[least].disk || kv->nodes[least].store));
     uint64_t clean = kv->pages.n_free + kv->idle_pages - kv->down_heap.n;
-    return kv->down_heap.n > 0 && (kv->host_pages.n_free > 0 || clean < kv->pages.n / 2);
+    return kv->down_heap.n > 0 && (free_place || clean < kv->pages.n / 2);
 }
 
 static bool states_should_go(const struct kv *kv)
 {
+    int32_t least = kv_heap_min(&kv->snap_host_heap);
+    bool free_place = kv->host_states.n_free > 0 || (least >= 0 && (kv->snaps[least].disk || kv->snaps[least].store));
     uint32_t clean = kv->snap_pool.n_free + kv->snap_heap.n - kv->snap_down_heap.n;
-    return kv->snap_down_heap.n > 0 && (kv->host_states.n_free > 0 || clean < kv->snap_pool.n / 2);
+    return kv->snap_down_heap.n > 0 && (free_place || clean < kv->snap_pool.n / 2);
 }
 
 void move_down(struct kv *kv)
@@ -385,38 +398,56 @@ bool move_worth(const struct kv *kv, const struct kv_match *m, uint32_t tokens)
     return fetch_s < tokens / rate;
 }
 
-/* Starts the copies up of what is on the host, ancestors first; false when the device has no room for all of it. */
+uint32_t move_path(struct kv *kv, int32_t node)
+{
+    uint32_t n = kv->nodes[node].start / kv->pt + 1;
+    KV_CHECK(n <= kv->max_pages);
+    for (uint32_t i = n; i > 0; i--, node = kv->nodes[node].parent)
+        kv->path[i - 1] = node;
+    return n;
+}
+
+/* One more copy up, in the open batch or a new one. -EAGAIN: all batches are under way; -ENOSPC: no room on the device. */
+static int raise_one(struct kv *kv, struct kv_move **m, int32_t node, int32_t snap)
+{
+    if (*m == NULL && (*m = move_new(kv, true)) == NULL)
+        return -EAGAIN;
+    int32_t dev = node < 0 ? snap_record_get(kv) : tree_make_room(kv, 1) ? page_alloc(&kv->pages) : -1;
+    if (dev < 0)
+        return -ENOSPC;
+    move_add(kv, *m, node, snap, dev, node >= 0 ? kv->nodes[node].host : kv->snaps[snap].host);
+    if ((*m)->n == MOVE_ITEMS) {
+        kv->mem->event_record(kv->dev, (*m)->ev, kv->copy);
+        *m = NULL;
+    }
+    return 0;
+}
+
+/*
+ * Starts the copies up of what is on the host, ancestors first and without gaps, so that the device always holds whole beginnings.
+ * False when the device has no room.
+ */
 static bool start_up(struct kv *kv, const struct kv_promo *p)
 {
     struct kv_move *m = NULL;
-    bool done = true;
-    for (;;) {
-        int32_t next = -1;
-        for (int32_t i = p->node; kv->nodes[i].fill > 0; i = kv->nodes[i].parent)
-            if (kv->nodes[i].page < 0 && kv->nodes[i].busy == 0 && kv->nodes[i].host >= 0)
-                next = i;
-        bool state = p->snap >= 0 && kv->snaps[p->snap].dev < 0 && kv->snaps[p->snap].busy == 0 && kv->snaps[p->snap].host >= 0;
-        if (next < 0 && !state)
+    uint32_t n = move_path(kv, p->node);
+    int r = 0;
+    for (uint32_t i = 0; i < n && r == 0; i++) {
+        const struct kv_node *node = &kv->nodes[kv->path[i]];
+        if (node->page >= 0 || node->rising)
+            continue;
+        if (node->host < 0)
             break;
-        if (m == NULL && (m = move_new(kv, true)) == NULL)
-            return true;        /* all moves are under way: go on when one ends */
-        int32_t dev = next < 0 ? snap_record_get(kv) : tree_make_room(kv, 1) ? page_alloc(&kv->pages) : -1;
-        if (dev < 0) {
-            done = false;
-            break;
-        }
-        if (next >= 0)
-            move_add(kv, m, next, -1, dev, kv->nodes[next].host);
-        else
-            move_add(kv, m, -1, p->snap, dev, kv->snaps[p->snap].host);
-        if (m->n == MOVE_ITEMS) {
-            kv->mem->event_record(kv->dev, m->ev, kv->copy);
-            m = NULL;
-        }
+        r = raise_one(kv, &m, kv->path[i], -1);
+    }
+    if (p->snap >= 0 && r == 0) {
+        const struct kv_snap *s = &kv->snaps[p->snap];
+        if (s->dev < 0 && s->busy == 0 && s->host >= 0)
+            r = raise_one(kv, &m, -1, p->snap);
     }
     if (m != NULL && m->n > 0)
         kv->mem->event_record(kv->dev, m->ev, kv->copy);
-    return done;
+    return r != -ENOSPC;
 }
 
 static void promo_end(struct kv *kv, struct kv_promo *p)

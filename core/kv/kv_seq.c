@@ -171,11 +171,18 @@ static int bring_up(struct kv *kv, const int32_t *tokens, uint32_t n, struct att
         return 0;
     struct kv_match here;
     tree_match(kv, a->root, tokens, n, n - 1, true, &here);
+    if (!move_here(kv, &here))
+        here.pos = 0;
     int r = move_worth(kv, &a->m, a->m.pos - here.pos) ? move_fetch(kv, &a->m) : -EAGAIN;
     if (r == -EINPROGRESS)
         return r;
-    if (r < 0)
+    if (r < 0) {
         tree_match(kv, a->root, tokens, n, n - 1, true, &a->m);     /* again: a fetch that failed may have changed the tree */
+        if (!move_here(kv, &a->m)) {            /* a page in the middle of the path is being fetched for someone else */
+            a->m.node = a->m.snap = -1;
+            a->m.pos = 0;
+        }
+    }
     return 0;
 }
 

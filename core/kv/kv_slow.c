@@ -310,9 +310,10 @@ bool slow_read(struct kv *kv, int32_t node, int32_t snap)
         if (s->dev < 0 && s->host < 0 && s->busy == 0 && (s->disk || s->store) && !read_snap(kv, snap))
             return false;
     }
-    for (int32_t i = node; kv->nodes[i].fill > 0; i = kv->nodes[i].parent) {
-        const struct kv_node *n = &kv->nodes[i];
-        if (n->page < 0 && n->host < 0 && n->busy == 0 && (n->disk || n->store) && !read_node(kv, i))
+    uint32_t len = move_path(kv, node);
+    for (uint32_t i = 0; i < len; i++) {        /* from the root down, as they will be copied up */
+        const struct kv_node *n = &kv->nodes[kv->path[i]];
+        if (n->page < 0 && n->host < 0 && n->busy == 0 && (n->disk || n->store) && !read_node(kv, kv->path[i]))
             return false;
     }
     return true;

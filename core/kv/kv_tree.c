@@ -607,7 +607,7 @@ void tree_publish(struct kv_seq *s)
             s->mute = true;
             break;
         }
-        if (kv->nodes[next].page < 0 && kv->nodes[next].busy == 0 && kv->page_node[page] < 0) {
+        if (kv->nodes[next].page < 0 && kv->page_node[page] < 0) {
             page_ref(&kv->pages, page);         /* known from a lower tier only, and just computed: as good as promoted */
             tree_set_page(kv, next, page);
         }

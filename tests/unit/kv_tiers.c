@@ -2,6 +2,7 @@
 #include "tap.h"
 #include "kv_model.h"
 
+#include <pthread.h>
 #include <unistd.h>
 
 static int32_t doc[1 << 16];
@@ -146,8 +147,260 @@ static void parking_needs_room(void)
     stop(&fm);
 }
 
+/* ---- disk ---------------------------------------------------------------------------------------------------------------- */
+
+static char dir[64];
+
+static void clear_dir(void)
+{
+    char cmd[128];
+    snprintf(cmd, sizeof cmd, "rm -rf '%s'", dir);
+    EXPECT_EQ(system(cmd), 0);
+}
+
+static struct kv_config disk_config(void)
+{
+    struct kv_config cfg = base_config();
+    cfg.disk_dir = dir;
+    cfg.disk_bytes = 64 << 20;
+    cfg.disk_fsync = KV_FSYNC_NEVER;
+    return cfg;
+}
+
+static void prefixes_survive_a_restart(void)
+{
+    clear_dir();
+    for (int lazy = 0; lazy < 2; lazy++) {
+        struct fm fm;
+        struct kv_stats st;
+        REQUIRE(start(&fm, disk_config(), true, lazy));
+        kv_report_prefill(fm.kv, 100, 1000000);
+        fill(&fm, 6);
+        kv_settle(fm.kv, 5000);
+        kv_stat(fm.kv, &st);
+        EXPECT(st.demoted_bytes[2] > 0 || lazy > 0);            /* the second time all of it is on disk already */
+        EXPECT(st.disk_bytes > 0);
+        fm_fini(&fm);
+        EXPECT_EQ(fm.wrong, 0);
+        REQUIRE(start(&fm, disk_config(), true, lazy));
+        kv_report_prefill(fm.kv, 100, 1000000);
+        for (int i = 0; i < 6; i++) {
+            struct kv_hit hit = fm_request(&fm, alice, doc + 2000 * i, 800, NULL, 0, doc, 1);
+            EXPECT_EQ(hit.cached_tokens, 768);
+            EXPECT_EQ(hit.from_disk, 768);
+            if (hit.cached_tokens != 768)
+                printf("# prompt %d: matched %u, %s\n", i, hit.matched_tokens, kv_miss_text(hit.miss));
+            fake_run_all(&fm.dev);
+        }
+        kv_step_end(fm.kv);
+        kv_stat(fm.kv, &st);
+        EXPECT(st.promoted_bytes[2] > 0);
+        EXPECT_EQ(fm.wrong, 0);
+        fm_fini(&fm);
+    }
+}
+
+static void other_layouts_and_secrets_see_nothing(void)
+{
+    struct fm fm;
+    struct kv_config cfg = disk_config();
+    cfg.identity = "fake model 1 with another dtype";
+    REQUIRE(start(&fm, cfg, true, false));
+    EXPECT_EQ(fm_request(&fm, alice, doc, 800, NULL, 0, doc, 1).matched_tokens, 0);
+    fm_fini(&fm);
+    cfg = disk_config();
+    cfg.page_tokens = 32;
+    REQUIRE(start(&fm, cfg, true, false));
+    EXPECT_EQ(fm_request(&fm, alice, doc, 800, NULL, 0, doc, 1).matched_tokens, 0);
+    fm_fini(&fm);
+    REQUIRE(start(&fm, disk_config(), true, false));
+    kv_salt(fm.kv, "bob", "", alice);
+    EXPECT_EQ(fm_request(&fm, alice, doc, 800, NULL, 0, doc, 1).matched_tokens, 0);
+    kv_salt(fm.kv, "alice", "", alice);
+    EXPECT(fm_request(&fm, alice, doc, 800, NULL, 0, doc, 1).matched_tokens >= 768);
+    fm_fini(&fm);
+}
+
+static void damage_on_disk_is_recomputed(void)
+{
+    struct fm fm;
+    char cmd[400];
+    /* A byte in the middle of every segment. */
+    snprintf(cmd, sizeof cmd, "for f in $(find '%s' -name '*.kvs'); do s=$(stat -c %%s $f); i=1; while [ $i -lt 20 ]; do "
+             "printf 'X' | dd of=$f bs=1 seek=$((s*i/20)) conv=notrunc 2>/dev/null; i=$((i+1)); done; done", dir);
+    EXPECT_EQ(system(cmd), 0);
+    REQUIRE(start(&fm, disk_config(), true, true));
+    kv_report_prefill(fm.kv, 100, 1000000);
+    uint32_t cached = 0;
+    for (int i = 0; i < 6; i++) {
+        struct kv_hit hit = fm_request(&fm, alice, doc + 2000 * i, 800, NULL, 0, doc, 1);
+        EXPECT(hit.cached_tokens <= 768);
+        cached += hit.cached_tokens;
+        fake_run_all(&fm.dev);
+    }
+    EXPECT(cached < 6 * 768);
+    EXPECT_EQ(fm.wrong, 0);
+    stop(&fm);
+}
+
+/* ---- cluster ---------------------------------------------------------------------------------------------------------------- */
+
+/* A store in memory, shared by several machines, that can be made slow, full, wrong or absent. Called from mover threads. */
+static struct fake_store {
+    pthread_mutex_t mu;
+    struct { uint8_t key[32]; uint8_t *data; uint64_t len; } item[4096];
+    uint32_t n;
+    int fail;                   /* negative errno for every call */
+    int corrupt;                /* a byte of every answer is changed */
+    uint32_t gets, puts, asks;
+} store = { .mu = PTHREAD_MUTEX_INITIALIZER };
+
+static int store_index(const uint8_t key[32])
+{
+    for (uint32_t i = 0; i < store.n; i++)
+        if (memcmp(store.item[i].key, key, 32) == 0)
+            return (int)i;
+    return -1;
+}
+
+static int fs_get(void *ctx, struct arle_kv_item *items, uint32_t n, int64_t deadline_ms, struct arle_err *err)
+{
+    (void)ctx; (void)deadline_ms;
+    pthread_mutex_lock(&store.mu);
+    store.gets++;
+    int r = store.fail;
+    for (uint32_t i = 0; i < n && r == 0; i++) {
+        int at = store_index(items[i].key);
+        items[i].len = 0;
+        if (at < 0 || store.item[at].len > items[i].cap)
+            continue;
+        memcpy(items[i].data, store.item[at].data, store.item[at].len);
+        items[i].len = store.item[at].len;
+        if (store.corrupt)
+            ((uint8_t *)items[i].data)[(size_t)rand() % items[i].len] ^= 4;
+    }
+    pthread_mutex_unlock(&store.mu);
+    return r < 0 ? arle_err_set(err, r, "fake failure") : 0;
+}
+
+static int fs_put(void *ctx, const struct arle_kv_item *items, uint32_t n, int64_t deadline_ms, struct arle_err *err)
+{
+    (void)ctx; (void)deadline_ms;
+    pthread_mutex_lock(&store.mu);
+    store.puts++;
+    int r = store.fail;
+    for (uint32_t i = 0; i < n && r == 0; i++) {
+        int at = store_index(items[i].key);
+        if (at < 0 && store.n < 4096) {
+            at = (int)store.n++;
+            memcpy(store.item[at].key, items[i].key, 32);
+        }
+        if (at >= 0) {
+            free(store.item[at].data);
+            store.item[at].data = malloc(items[i].len);
+            memcpy(store.item[at].data, items[i].data, items[i].len);
+            store.item[at].len = items[i].len;
+        }
+    }
+    pthread_mutex_unlock(&store.mu);
+    return r < 0 ? arle_err_set(err, r, "fake failure") : 0;
+}
+
+static int fs_exists(void *ctx, const struct arle_kv_item *items, uint32_t n, uint8_t *present, int64_t deadline_ms, struct arle_err *err)
+{
+    (void)ctx; (void)deadline_ms;
+    pthread_mutex_lock(&store.mu);
+    store.asks++;
+    int r = store.fail;
+    for (uint32_t i = 0; i < n && r == 0; i++)
+        present[i] = store_index(items[i].key) >= 0;
+    pthread_mutex_unlock(&store.mu);
+    return r < 0 ? arle_err_set(err, r, "fake failure") : 0;
+}
+
+static const struct arle_kv_store_api fake_store_api = {
+    .struct_size = sizeof(struct arle_kv_store_api), .get = fs_get, .put = fs_put, .exists = fs_exists,
+};
+
+static void store_reset(void)
+{
+    while (store.n > 0) {
+        free(store.item[--store.n].data);
+        store.item[store.n].data = NULL;
+    }
+    store.fail = store.corrupt = 0;
+    store.gets = store.puts = store.asks = 0;
+}
+
+static struct kv_config store_config(void)
+{
+    struct kv_config cfg = base_config();
+    cfg.store = &fake_store_api;
+    cfg.store_min_bytes_s = 1;
+    return cfg;
+}
+
+static void another_machine_profits(void)
+{
+    for (int state = 0; state < 2; state++) {
+        struct fm one, two;
+        struct kv_stats st;
+        store_reset();
+        REQUIRE(start(&one, store_config(), state, true));
+        fill(&one, 3);
+        kv_settle(one.kv, 5000);
+        kv_stat(one.kv, &st);
+        EXPECT(st.store_puts > 100);
+        EXPECT_EQ(st.store_errors, 0);
+        fm_fini(&one);
+        REQUIRE(start(&two, store_config(), state, true));
+        kv_report_prefill(two.kv, 100, 1000000);
+        for (int i = 0; i < 3; i++) {
+            struct kv_hit hit = fm_request(&two, alice, doc + 2000 * i, 800, NULL, 0, doc, 1);
+            EXPECT_EQ(hit.cached_tokens, state ? 768 : 799);
+            EXPECT_EQ(hit.from_store, state ? 768 : 799);
+            fake_run_all(&two.dev);
+        }
+        uint8_t bob[KV_SALT_BYTES];
+        kv_salt(two.kv, "bob", "", bob);
+        EXPECT_EQ(fm_request(&two, bob, doc, 800, NULL, 0, doc, 1).cached_tokens, 0);
+        stop(&two);
+    }
+}
+
+static void a_bad_cluster_costs_nothing_but_time(void)
+{
+    static const int fails[] = { -EIO, -ETIMEDOUT, 0, -ENOSPC };
+    for (int f = 0; f < 4; f++) {
+        struct fm one, two;
+        struct kv_stats st;
+        store_reset();
+        REQUIRE(start(&one, store_config(), true, true));
+        fill(&one, 3);
+        kv_settle(one.kv, 5000);
+        fm_fini(&one);
+        REQUIRE(start(&two, store_config(), true, true));
+        kv_report_prefill(two.kv, 100, 1000000);
+        store.fail = fails[f];
+        store.corrupt = fails[f] == 0;
+        for (int i = 0; i < 3; i++) {
+            struct kv_hit hit = fm_request(&two, alice, doc + 2000 * i, 800, NULL, 0, doc, 1);
+            EXPECT_EQ(hit.cached_tokens, 0);
+            fake_run_all(&two.dev);
+        }
+        EXPECT(store.asks > 0);
+        kv_step_end(two.kv);
+        kv_stat(two.kv, &st);
+        EXPECT(st.store_errors > 0);
+        EXPECT_EQ(two.wrong, 0);
+        stop(&two);
+    }
+    store_reset();
+}
+
 int main(void)
 {
+    snprintf(dir, sizeof dir, "/tmp/arle-kv-tiers-%d", (int)getpid());
     uint64_t rng = 1;
     for (size_t i = 0; i < sizeof doc / sizeof *doc; i++) {
         rng = rng * 6364136223846793005u + 1442695040888963407u;
@@ -159,5 +412,11 @@ int main(void)
     RUN(slow_fetches_are_not_made);
     RUN(parked_sequences_go_on);
     RUN(parking_needs_room);
+    RUN(prefixes_survive_a_restart);
+    RUN(other_layouts_and_secrets_see_nothing);
+    RUN(damage_on_disk_is_recomputed);
+    RUN(another_machine_profits);
+    RUN(a_bad_cluster_costs_nothing_but_time);
+    clear_dir();
     return tap_done();
 }
