@@ -10,6 +10,7 @@
 
 #include "chat/messages.h"
 #include "http/json_in.h"
+#include "http/messages_in.h"
 #include "util/jfield.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -51,6 +52,20 @@ static void read_conversation(struct json_object *body)
     json_object_put(out);
 }
 
+static void read_messages(struct json_object *body)
+{
+    struct arle_err err = ARLE_ERR_INIT;
+    struct json_object *chat = NULL;
+    if (messages_to_chat(body, true, &chat, &err) < 0) {
+        if (err.code == 0)
+            abort();
+        return;
+    }
+    read_as(DIALECT_CHAT, chat);
+    read_conversation(chat);
+    json_object_put(chat);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct arle_err err = ARLE_ERR_INIT;
@@ -60,6 +75,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     read_as(DIALECT_CHAT, body);
     read_as(DIALECT_COMPLETIONS, body);
     read_conversation(body);
+    read_messages(body);
     json_object_put(body);
     return 0;
 }
