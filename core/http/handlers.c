@@ -176,6 +176,8 @@ static int tokenize_body(struct prompt *p, const struct served_model *m, struct 
     int r = jfield_str(body, "", "prompt", &text, &len, err);
     if (r == 0)
         r = jfield_str(body, "", "text", &text, &len, err);
+    if (r == 0)
+        r = jfield_str(body, "", "content", &text, &len, err);
     if (r < 0)
         return r;
     if (r == 0)
@@ -246,6 +248,8 @@ static int detokenize_body(struct sbuf *b, const struct served_model *m, struct 
     r = tokenizer_decode(m->tok, ids, n, TOK_LOSSY_UTF8, &text, &len, err);
     if (r == 0) {
         sbuf_str(b, "{\"prompt\":");
+        sbuf_json_str(b, text, len);
+        sbuf_str(b, ",\"text\":");         /* two servers that clients know name it differently */
         sbuf_json_str(b, text, len);
         sbuf_char(b, '}');
     }

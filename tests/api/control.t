@@ -2,6 +2,7 @@
 """The programs around the daemon: arlectl, reload, --check-config, arle serve, run, chat, tokenize."""
 import os, sys
 sys.path.insert(0, os.path.join(os.environ.get("top_srcdir", "."), "tests/api"))
+sys.dont_write_bytecode = True
 from arled import *
 
 need_model()

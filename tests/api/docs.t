@@ -2,6 +2,7 @@
 """docs/http-api.md says what the program does: every route, field and code on the page exists, and the other way round."""
 import os, re, sys
 sys.path.insert(0, os.path.join(os.environ.get("top_srcdir", "."), "tests/api"))
+sys.dont_write_bytecode = True
 from arled import *
 
 page = open(os.path.join(SOURCE, "docs/http-api.md")).read()

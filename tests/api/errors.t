@@ -2,6 +2,7 @@
 """Bad requests: each gets its status, its field and its code before any work, and the server lives."""
 import os, sys
 sys.path.insert(0, os.path.join(os.environ.get("top_srcdir", "."), "tests/api"))
+sys.dont_write_bytecode = True
 from arled import *
 
 need_model()

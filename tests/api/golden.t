@@ -4,6 +4,7 @@ arithmetics. f32: last logprobs within 2e-3, argmax wherever its lead exceeds 0.
 the first margin under 0.02, drafts equal. bf16: mean NLL within 0.01, greedy up to the first margin under 0.1."""
 import math, os, struct, sys
 sys.path.insert(0, os.path.join(os.environ.get("top_srcdir", "."), "tests/api"))
+sys.dont_write_bytecode = True
 from arled import *
 
 need_model()

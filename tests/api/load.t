@@ -3,6 +3,7 @@
 ARLE_LOAD_SECONDS sets how long the crowd stays (default 4; the full form is 60)."""
 import os, random, resource, sys, threading
 sys.path.insert(0, os.path.join(os.environ.get("top_srcdir", "."), "tests/api"))
+sys.dont_write_bytecode = True
 from arled import *
 
 need_model()

@@ -2,6 +2,7 @@
 """Anthropic's message dialect: answers, named events, tools, thinking, stop sequences, counting, errors in its shape."""
 import os, sys
 sys.path.insert(0, os.path.join(os.environ.get("top_srcdir", "."), "tests/api"))
+sys.dont_write_bytecode = True
 from arled import *
 
 need_model()
