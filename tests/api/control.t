@@ -156,16 +156,14 @@ def run():
 
 
 def interrupted():
-    p = subprocess.Popen([program("arle"), "run", "--model", TINY, "--plugin-dir", PLUGINS, "--json", "--prompt",
-                          "Tell me a story about a fox.", "--set", "log.level=error", "--temperature", "2", "--max-tokens", "7000"],
-                         stdout=subprocess.PIPE, text=True)
-    time.sleep(1.5)
-    ended = p.poll() is not None
-    if not ended:
-        p.send_signal(signal.SIGINT)
-    out, _ = p.communicate(timeout=60)
-    j = json.loads(out)
-    ok(p.returncode == 0 and (ended or j["finish_reason"] in ("interrupted", "stop")), "Ctrl-C stops the answer and prints what there is", j)
+    p = subprocess.Popen([program("arle"), "run", "--model", TINY, "--plugin-dir", PLUGINS, "--prompt", "Tell me a story about a fox.",
+                          "--temperature", "2", "--max-tokens", "7000"], stdout=subprocess.PIPE)
+    first = os.read(p.stdout.fileno(), 1)       # the answer has begun
+    p.send_signal(signal.SIGINT)
+    rest = p.stdout.read()
+    p.stdout.close()
+    equal(p.wait(60), 0, "Ctrl-C stops the answer and ends arle run with 0")
+    ok(rest.endswith(b"\n") and len(first + rest) < 20000, "what there was is printed", first + rest[-200:])
 
 
 def chat():

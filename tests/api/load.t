@@ -149,7 +149,7 @@ def hang_up():
 def full_queue():
     with Arled(settings={"scheduler.max_queue": "1", "scheduler.max_seqs": "1"}) as s:
         held = [s.open_stream(CHAT, user("Tell me a story about a fox.", max_tokens=3000, ignore_eos=True)) for _ in range(2)]
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while s.metric("arle_engine_running") + s.metric("arle_engine_waiting") < 2 and time.monotonic() < end:
             time.sleep(0.01)
         status, headers, data = s.raw("POST", CHAT, user("hi"))
@@ -179,8 +179,13 @@ def killed():
 
 def terminated():
     """SIGTERM: short answers finish, long ones end with an error event, new ones are refused, the process ends in time."""
-    with Arled(settings={"server.drain_deadline": "1500ms"}) as s:
+    with Arled() as s:
         results = {}
+        before = time.monotonic()
+        s.chat("What is the capital of Japan?")
+        deadline = 1.0 + 10 * (time.monotonic() - before)       # eight at once share the machine; sanitizers are slow
+        s.write_ini({"server.drain_deadline": "%dms" % (deadline * 1000)})
+        equal(subprocess.run([program("arlectl"), "--socket", s.control, "reload"], stdout=subprocess.DEVNULL).returncode, 0, "reload")
 
         def follow(name, body):
             try:
@@ -221,8 +226,8 @@ def terminated():
         took = time.monotonic() - at
         for t in threads:
             t.join(20)
-        ok(took < 6, "ends within the deadline and a little", took)
-        note("SIGTERM to exit: %.2f s with a deadline of 1.5 s" % took)
+        ok(took < deadline + 5, "ends within the deadline and a little", took)
+        note("SIGTERM to exit: %.2f s with a deadline of %.2f s" % (took, deadline))
         ok(all(b"data: [DONE]" in v and b'"error"' not in v for k, v in results.items() if k.startswith("short")), "short answers finish",
            {k: v[-300:] for k, v in results.items() if k.startswith("short")})
         ok(all(b'"error"' in v for k, v in results.items() if k.startswith("long")), "long ones are told",
