@@ -6,9 +6,10 @@
 
 #include <time.h>
 
-#define READ_BYTES ((size_t)1 << 30)    /* far beyond any last-level cache */
-#define READ_PASSES 6
-#define FLOP_PASSES 5
+#define READ_BYTES ((size_t)1 << 30)        /* far beyond any last-level cache */
+#define READ_SEGMENT ((size_t)128 << 20)    /* one timed pass: short, so that a busy machine leaves some passes alone */
+#define READ_PASSES 48                      /* a segment comes back after a gigabyte; both ways of reading see all of them */
+#define FLOP_PASSES 20
 
 static double now_s(void)
 {
@@ -20,23 +21,32 @@ static double now_s(void)
 struct read_job {
     const char *data;
     size_t bytes;
-    unsigned streams;           /* places that each thread reads from in turn */
+    bool four_streams;
     _Atomic uint64_t sink;
 };
+
+/* Reads n cache lines in `streams` places by turns; a constant count of these keeps the sums in registers. */
+static inline __attribute__((always_inline)) uint64_t read_lines(const char *data, size_t n, unsigned streams, size_t ahead)
+{
+    typedef uint64_t v2 __attribute__((vector_size(16), aligned(16), may_alias));
+    v2 sum[4] = { { 0 } };
+    size_t each = n / streams;
+    for (size_t i = 0; i < each; i++)
+        UNROLL for (unsigned s = 0; s < streams; s++) {
+            const v2 *p = (const v2 *)(const void *)(data + (s * each + i) * 64);
+            __builtin_prefetch((const char *)p + ahead);
+            sum[s] ^= p[0] ^ p[1] ^ p[2] ^ p[3];
+        }
+    sum[0] ^= sum[1] ^ sum[2] ^ sum[3];
+    return sum[0][0] + sum[0][1];
+}
 
 static void read_part(void *arg, unsigned part, unsigned n_parts)
 {
     struct read_job *j = arg;
-    typedef uint64_t v8 __attribute__((vector_size(64), aligned(64), may_alias));
-    size_t n = j->bytes / 64 / n_parts / j->streams;
-    const v8 *p = (const v8 *)(const void *)j->data + n * j->streams * part;
-    v8 sum = { 0 };
-    for (size_t i = 0; i < n; i++)
-        for (unsigned s = 0; s < j->streams; s++) {
-            __builtin_prefetch((const char *)(p + s * n + i) + 1536);
-            sum ^= p[s * n + i];
-        }
-    atomic_fetch_add(&j->sink, sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7]);
+    size_t n = j->bytes / 64 / n_parts;
+    const char *p = j->data + n * 64 * part;
+    atomic_fetch_add(&j->sink, j->four_streams ? read_lines(p, n, 4, 1536) : read_lines(p, n, 1, 4096));
 }
 
 struct flop_job {
@@ -64,19 +74,20 @@ int cpu_ceiling(struct arle_device *dev, double *read_bytes_s, double *bf16_flop
     if (data == NULL)
         return arle_err_set(err, -ENOMEM, "no memory for a %zu byte read test", READ_BYTES);
     memset(data, 1, READ_BYTES);
-    struct read_job rj = { .data = data, .bytes = READ_BYTES };
+    struct read_job rj = { .data = data, .bytes = READ_SEGMENT };
     double best = 1e9;
-    for (int i = 0; i < READ_PASSES; i++) {             /* one stream or eight: which is faster depends on the machine */
-        rj.streams = i % 2 ? 8 : 1;
+    for (int i = 0; i < READ_PASSES; i++) {
+        rj.data = data + (size_t)i * READ_SEGMENT % READ_BYTES;
+        rj.four_streams = i / 8 % 2;
         double t = now_s();
         pool_run(dev->pool, dev->n_threads, read_part, &rj);
         t = now_s() - t;
         best = t < best ? t : best;
     }
     pages_free(data, READ_BYTES);
-    *read_bytes_s = (double)READ_BYTES / best;
+    *read_bytes_s = (double)READ_SEGMENT / best;
 
-    struct flop_job fj = { .dev = dev, .bf16 = dev->k->bf16_dot, .k2 = 128, .reps = dev->k == &kernels_ref ? 50 : 20000 };
+    struct flop_job fj = { .dev = dev, .bf16 = dev->k->bf16_dot, .k2 = 128, .reps = dev->k == &kernels_ref ? 20 : 4000 };
     for (unsigned i = 0; i < dev->n_threads; i++)
         memset(thread_scratch(dev, i), 0, 1 << 20);
     best = 1e9;

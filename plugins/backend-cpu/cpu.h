@@ -17,6 +17,13 @@
 
 #include "num.h"
 
+/* Before a loop of few and constant rounds: arrays indexed by it then live in registers. */
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+
 #define CPU_BLOCK 16            /* columns of a packed weight block */
 #define CPU_MAX_ROWS 16         /* upper bound of kernels.max_rows */
 #define CPU_TILE_COLS 128       /* upper bound of the columns of one tile */

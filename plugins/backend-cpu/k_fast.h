@@ -7,12 +7,6 @@
  * within 1.5e-7 of the exact value for angles up to 1.5e6 (beyond, the C library takes over).
  */
 
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 32")
-#endif
-
 /* ---- elementary functions ------------------------------------------------------------------------------------------- */
 
 /* e^x: 2^n e^r with |r| <= ln2/2; the polynomial is the Taylor series to r^7/7!, good to 2^-26 there. NaN stays NaN. */
