@@ -148,10 +148,13 @@ def hang_up():
 
 def full_queue():
     with Arled(settings={"scheduler.max_queue": "1", "scheduler.max_seqs": "1"}) as s:
-        held = [s.open_stream(CHAT, user("Tell me a story about a fox.", max_tokens=3000, ignore_eos=True)) for _ in range(2)]
-        end = time.monotonic() + 60
-        while s.metric("arle_engine_running") + s.metric("arle_engine_waiting") < 2 and time.monotonic() < end:
-            time.sleep(0.01)
+        long = user("Tell me a story about a fox.", max_tokens=8000, ignore_eos=True)
+        held = []
+        for gauge in ("arle_engine_running", "arle_engine_waiting"):
+            held.append(s.open_stream(CHAT, long))
+            end = time.monotonic() + 60
+            while s.metric(gauge) < 1 and time.monotonic() < end:
+                time.sleep(0.01)
         status, headers, data = s.raw("POST", CHAT, user("hi"))
         ok(status == 429 and int(headers["retry-after"]) >= 1 and json.loads(data)["error"]["code"] == "queue_full",
            "a full queue says 429 and when to come back", (status, headers, data))
