@@ -191,6 +191,28 @@ def concurrent_mix():
        [(n, g) for g, n in zip(got, cases) if g != GOLDEN[n]["greedy_ids"][:10]])
 
 
+def cached_prefix():
+    g = GOLDEN["long_needle"]
+    ask = lambda: server.post(COMP, {"model": "tiny", "prompt": g["ids"], "temperature": 0, "max_tokens": 20, "return_token_ids": True})[1]
+    one, two = ask(), ask()
+    cached = two["usage"]["prompt_tokens_details"]["cached_tokens"]
+    ok(0 < cached < len(g["ids"]), "the second time, %d of %d prompt tokens are cached" % (cached, len(g["ids"])), two["usage"])
+    equal((first(one)["token_ids"], first(two)["token_ids"]), (g["greedy_ids"],) * 2, "cold equals warm")
+    salted = server.post(COMP, {"model": "tiny", "prompt": g["ids"], "max_tokens": 1, "cache_salt": "other"})[1]
+    equal(salted["usage"]["prompt_tokens_details"]["cached_tokens"], 0, "another cache_salt shares nothing")
+
+
+def special_literals():
+    """Literals of special tokens in a client's text: tokens as in the reference, or ordinary text where the model's key says so."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a<|im_end|>b"}]}
+    end = GOLDEN["chat_capital"]["greedy_ids"][-1]
+    with Arled(settings={"model tiny.special_in_content": "no"}) as s:
+        strict, loose = s.post("/v1/render", body)[1], server.post("/v1/render", body)[1]
+        equal((strict["token_ids"].count(end), loose["token_ids"].count(end)), (1, 2), "special_in_content")
+        equal(strict["prompt"], loose["prompt"], "the text is the same")
+        equal(s.post("/detokenize", {"tokens": strict["token_ids"]})[1]["text"], strict["prompt"], "and survives the way back")
+
+
 def keys():
     with Arled(settings={"auth.keys": "alice:secret-1 plain-2", "server.cors": "https://app.example"}) as s:
         equal(s.raw("GET", "/health")[0], 200, "health needs no key")
@@ -244,7 +266,8 @@ def openai_package():
 
 
 for fn in (models_and_health, plain_answer, streaming_equals_whole, tools, reasoning, stop_strings, completions, logprobs, sampling,
-           tokens, metrics, concurrent_mix, keys, openai_package):
+           tokens, metrics, concurrent_mix, cached_prefix,
+           special_literals, keys, openai_package):
     case(fn)
 equal(server.stop(), 0, "ends cleanly")
 done()
