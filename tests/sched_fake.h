@@ -42,6 +42,7 @@ struct fake_pin { uint8_t *p; size_t n; };
 struct arle_device {
     pthread_mutex_t mu;
     bool async, graphs, paged_only;
+    bool quick;                             /* no comparison of pages and state: a real device would not evict the host's caches */
     uint32_t context;
     uint64_t mem_free;
     uint64_t die_at_step, fail_at_step;     /* event_sync says -EIO; model->step says -EINVAL */
@@ -106,13 +107,13 @@ static inline void fake_run_seq(struct arle_model *m, const struct arle_step *st
         }
     }
     uint64_t h = 0;
-    for (uint32_t p = 0; p < (uint32_t)b->ctx_len[s]; p++) {
+    for (uint32_t p = 0; p < (uint32_t)b->ctx_len[s] && !m->dev->quick; p++) {
         int32_t id = ((int32_t *)((char *)m->bind.group[0].base + (uint64_t)table[p / pt] * m->bind.group[0].stride))[p % pt];
         h = fake_mix(h, (uint64_t)id);
         if (p >= (uint32_t)b->pos[b->cu[s]] && m->dev->paged_only)
             m->hash[b->cu[s] + (int32_t)(p - (uint32_t)b->pos[b->cu[s]])] = h;
     }
-    bad |= !m->dev->paged_only && h != rec->hash;
+    bad |= !m->dev->paged_only && !m->dev->quick && h != rec->hash;
     for (int32_t t = b->cu[s]; bad && t < b->cu[s + 1]; t++)
         m->hash[t] = 0;
 }

@@ -44,6 +44,7 @@ static void measure(bool ahead, bool prefix, uint32_t n_prompt)
     struct engine_stats before, after;
     fake_init(&dev);
     dev.async = dev.graphs = ahead;
+    dev.quick = true;
     struct engine_config c = fake_config(&dev);
     c.max_seqs = SEQS;
     c.max_tokens = 4096;
