@@ -180,7 +180,7 @@ int engine_turn(struct engine *e)
 static bool has_mail(const struct engine *e)
 {
     return atomic_load(&e->mail) != NULL || atomic_load(&e->notes) != NULL || atomic_load(&e->attention) ||
-           atomic_load(&e->closing) || atomic_load(&e->cut);
+           atomic_load(&e->closing) || (atomic_load(&e->cut) && atomic_load(&e->live) > 0);
 }
 
 static void sleep_until_mail(struct engine *e)

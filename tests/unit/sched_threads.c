@@ -223,6 +223,12 @@ static void drain_cuts_off(void)
         request_wait(rq, 100);
     EXPECT_EQ(ev.finish, FINISH_CANCELLED);
     request_unref(rq);
+    /* A drained engine sleeps until it is closed. */
+    struct timespec before, after;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &before);
+    usleep(300000);
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &after);
+    EXPECT((after.tv_sec - before.tv_sec) * 1000 + (after.tv_nsec - before.tv_nsec) / 1000000 < 100);
     engine_close(eng);
 }
 
