@@ -176,7 +176,7 @@ static int read_sizes(struct reader *rd, struct qwen35_config *c, bool moe)
 
 static int read_mlp(struct reader *rd, struct qwen35_config *c, bool moe)
 {
-    int r = get_u32(rd, "num_experts", moe ? 256 : 0, 0, 65536, &c->n_experts);
+    int r = get_u32(rd, "num_experts", moe ? 256 : 0, 0, 4096, &c->n_experts);
     if (r < 0)
         return r;
     if (moe != (c->n_experts > 0))
