@@ -23,7 +23,7 @@ static void on_interrupt(int sig)
     interrupted = 1;
 }
 
-/* ---- opening ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- opening ---- */
 
 /* The last part of the path, without slashes at its end. */
 static void base_name(const char *dir, char *out, size_t cap)
@@ -88,7 +88,7 @@ void session_close(struct session *s)
     *s = (struct session){ 0 };
 }
 
-/* ---- one answer --------------------------------------------------------------------------------------------------------------------- */
+/* ---- one answer ---- */
 
 struct run {
     struct answer_text *out;

@@ -38,7 +38,7 @@ static int ask(const char *path, const char *line, struct json_object **out)
     return r;
 }
 
-/* ---- for people ------------------------------------------------------------------------------------------------------------------ */
+/* ---- for people ---- */
 
 static const char *scalar(struct json_object *v)
 {
@@ -117,7 +117,7 @@ static int top(const char *path, long long count)
     return 0;
 }
 
-/* ---- command line ------------------------------------------------------------------------------------------------------------------- */
+/* ---- command line ---- */
 
 static int run(const struct args *a)
 {

@@ -49,7 +49,7 @@ struct automaton {
     struct sbuf val, json;
 };
 
-/* ---- matching --------------------------------------------------------------------------------------------------------- */
+/* ---- matching ---- */
 
 static bool blank(const char *tag)
 {
@@ -146,7 +146,7 @@ static enum match best(enum match x, enum match y)
     return x > y ? x : y;
 }
 
-/* ---- events ----------------------------------------------------------------------------------------------------------- */
+/* ---- events ---- */
 
 static void emit(struct automaton *a, enum chat_event_kind kind, const char *text, size_t len)
 {
@@ -201,7 +201,7 @@ static void emit_args(struct automaton *a)
     sbuf_reset(&a->json);
 }
 
-/* ---- reasoning -------------------------------------------------------------------------------------------------------- */
+/* ---- reasoning ---- */
 
 static void leave_reasoning(struct automaton *a, enum state next)
 {
@@ -277,7 +277,7 @@ static bool step_after_reason(struct automaton *a, const char *p, size_t n)
     return true;
 }
 
-/* ---- calls ------------------------------------------------------------------------------------------------------------ */
+/* ---- calls ---- */
 
 static void forget_keys(struct automaton *a)
 {
@@ -492,7 +492,7 @@ static bool step_after_call(struct automaton *a, const char *p, size_t n, bool e
     return true;
 }
 
-/* ---- content ---------------------------------------------------------------------------------------------------------- */
+/* ---- content ---- */
 
 static bool step_content(struct automaton *a, const char *p, size_t n, bool eof)
 {
@@ -548,7 +548,7 @@ static bool step(struct automaton *a, bool eof)
     }
 }
 
-/* ---- interface --------------------------------------------------------------------------------------------------------- */
+/* ---- interface ---- */
 
 struct automaton *automaton_create(const struct automaton_opts *opts)
 {

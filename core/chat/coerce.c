@@ -14,7 +14,7 @@
 
 #define MAX_DEPTH 64
 
-/* ---- schema -> plan ---------------------------------------------------------------------------------------------- */
+/* ---- schema -> plan ---- */
 
 static bool starts(const char *s, const char *prefix)
 {
@@ -121,7 +121,7 @@ bool coerce_is_string(const struct coerce_plan *plan)
     return plan->n == 0 || plan->types[0] == COERCE_STRING;
 }
 
-/* ---- literals: JSON, and what Python prints ------------------------------------------------------------------------ */
+/* ---- literals: JSON, and what Python prints ---- */
 
 struct lit {
     const char *p, *end;
@@ -325,7 +325,7 @@ bool coerce_literal(const char *text, size_t len, struct sbuf *out)
     return whole_literal(&write);
 }
 
-/* ---- text -> value --------------------------------------------------------------------------------------------------- */
+/* ---- text -> value ---- */
 
 static void trim(const char **text, size_t *len)
 {

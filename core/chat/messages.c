@@ -37,7 +37,7 @@ static void path_of_object(char out[PATH], const char *at)
     out[strlen(out) - 1] = '\0';
 }
 
-/* ---- content --------------------------------------------------------------------------------------------------------------- */
+/* ---- content ---- */
 
 /* One part of a content list; `at` is "messages[i].content[k]." */
 static int part_text(struct json_object *part, const char *at, struct sbuf *out, struct arle_err *err)
@@ -100,7 +100,7 @@ static int add_content(struct json_object *msg, const char *at, enum role role, 
     return r;
 }
 
-/* ---- tool calls -------------------------------------------------------------------------------------------------------------- */
+/* ---- tool calls ---- */
 
 /* Arguments arrive as JSON text (OpenAI) or as an object; models want an object with its keys in order. */
 static int add_arguments(struct json_object *fn, const char *at, struct json_object *out, struct arle_err *err)
@@ -192,7 +192,7 @@ static int add_calls(struct json_object *msg, const char *at, struct json_object
     return 0;
 }
 
-/* ---- messages ---------------------------------------------------------------------------------------------------------------- */
+/* ---- messages ---- */
 
 static int read_role(struct json_object *msg, const char *at, enum role *out, struct arle_err *err)
 {
@@ -310,7 +310,7 @@ static int add_messages(struct json_object *body, struct json_object *out, struc
     return 0;
 }
 
-/* ---- tools and options --------------------------------------------------------------------------------------------------------- */
+/* ---- tools and options ---- */
 
 static int check_tool(struct json_object *tool, const char *at, const char **out_name, struct arle_err *err)
 {

@@ -67,7 +67,7 @@ int ctl_parse(char *line, const char **command, const char **argument, struct ar
     return 0;
 }
 
-/* ---- server ------------------------------------------------------------------------------------------------------------------- */
+/* ---- server ---- */
 
 static int answer(struct ctl_server *ctl, int fd, char *line)
 {
@@ -189,7 +189,7 @@ void ctl_stop(struct ctl_server *ctl)
     free(ctl);
 }
 
-/* ---- client ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- client ---- */
 
 static int read_reply(int fd, struct sbuf *out, struct arle_err *err)
 {

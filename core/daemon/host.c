@@ -21,7 +21,7 @@ struct host {
     bool progress;
 };
 
-/* ---- small helpers ---------------------------------------------------------------------------------------------------------------- */
+/* ---- small helpers ---- */
 
 static int read_file(const char *path, size_t max, struct sbuf *out, struct arle_err *err)
 {
@@ -65,7 +65,7 @@ static void show_progress(void *arg, uint64_t done, uint64_t total)
     fflush(stderr);
 }
 
-/* ---- models ------------------------------------------------------------------------------------------------------------------------- */
+/* ---- models ---- */
 
 static void fill_engine_config(const struct host *h, size_t i, const char *backend, struct engine_config *ec)
 {
@@ -256,7 +256,7 @@ void host_close(struct host *h)
     free(h);
 }
 
-/* ---- HTTP options ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- HTTP options ---- */
 
 /* Lines of the keys file without comments, appended to `out`. */
 static int add_keys_file(const char *path, struct sbuf *out, struct arle_err *err)
@@ -314,7 +314,7 @@ void host_forget_keys(char *keys_text)
     free(keys_text);
 }
 
-/* ---- default model ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- default model ---- */
 
 int host_default_model(char *out, size_t cap, struct arle_err *err)
 {

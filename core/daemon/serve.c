@@ -31,7 +31,7 @@ struct server {
     int64_t start_us;
 };
 
-/* ---- telling the service manager ---------------------------------------------------------------------------------------------- */
+/* ---- telling the service manager ---- */
 
 static void notify_manager(const char *state)
 {
@@ -51,7 +51,7 @@ static void notify_manager(const char *state)
     close(fd);
 }
 
-/* ---- reload ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- reload ---- */
 
 struct changes {
     struct sbuf live, restart;      /* JSON lists of keys */
@@ -101,7 +101,7 @@ static int reload(struct server *s, struct sbuf *out, struct arle_err *err)
     return 0;
 }
 
-/* ---- control commands --------------------------------------------------------------------------------------------------------------- */
+/* ---- control commands ---- */
 
 static long peak_kb(void)
 {
@@ -262,7 +262,7 @@ static int on_command(void *arg, const char *command, const char *argument, stru
                         command);
 }
 
-/* ---- from start to exit ---------------------------------------------------------------------------------------------------------------- */
+/* ---- from start to exit ---- */
 
 static int start(struct server *s, struct arle_err *err)
 {

@@ -16,7 +16,7 @@
 #include "util/jfield.h"
 #include "util/log.h"
 
-/* ---- life ------------------------------------------------------------------------------------------------------------------------- */
+/* ---- life ---- */
 
 static void choice_fini(struct choice *ch)
 {
@@ -150,7 +150,7 @@ static void make_id(char *out, size_t cap, const char *prefix)
         n += snprintf(out + n, cap - (size_t)n, "%02x", r[i]);
 }
 
-/* ---- prompts ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- prompts ---- */
 
 static int chat_prompt(struct gen *g, struct arle_err *err)
 {
@@ -225,7 +225,7 @@ static int check_length(struct gen *g, struct arle_err *err)
     return 0;
 }
 
-/* ---- submission ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- submission ---- */
 
 static int collect_stop_ids(struct gen *g, struct arle_err *err)
 {
@@ -295,7 +295,7 @@ static int submit(struct gen *g, int *retry_after_s, struct arle_err *err)
     return 0;
 }
 
-/* ---- events ------------------------------------------------------------------------------------------------------------------------- */
+/* ---- events ---- */
 
 static void cancel_all(struct gen *g)
 {
@@ -455,7 +455,7 @@ static bool client_gone(struct gen *g)
     return gone;
 }
 
-/* ---- streamed replies ------------------------------------------------------------------------------------------------------------------ */
+/* ---- streamed replies ---- */
 
 static void note_written(struct gen *g, bool *ping)
 {
@@ -518,7 +518,7 @@ static enum MHD_Result begin_stream(struct gen *g)
     return r;
 }
 
-/* ---- the way of a request ---------------------------------------------------------------------------------------------------------------- */
+/* ---- the way of a request ---- */
 
 enum MHD_Result gen_continue(struct gen *g)
 {

@@ -43,7 +43,7 @@ static void put_head(const struct gen *g, struct sbuf *b)
     sbuf_json_cstr(b, g->m->name);
 }
 
-/* ---- streamed -------------------------------------------------------------------------------------------------------------------- */
+/* ---- streamed ---- */
 
 void messages_begin(struct choice *ch)
 {
@@ -139,7 +139,7 @@ void messages_stream_end(struct gen *g)
     sbuf_str(b, "}\n\nevent: message_stop\ndata: {\"type\":\"message_stop\"}\n\n");
 }
 
-/* ---- whole --------------------------------------------------------------------------------------------------------------------------- */
+/* ---- whole ---- */
 
 static void put_block(struct sbuf *b, bool *first, const char *type, const struct sbuf *text)
 {

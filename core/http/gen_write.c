@@ -12,7 +12,7 @@
 
 #define LOGPROB_FLOOR (-9999.0)     /* stands for minus infinity, which JSON cannot say */
 
-/* ---- logprobs ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- logprobs ---- */
 
 void lp_fini(struct lp_lists *lp)
 {
@@ -177,7 +177,7 @@ static void put_logprobs(const struct gen *g, struct sbuf *b, const struct lp_li
     sbuf_char(b, '}');
 }
 
-/* ---- common pieces ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- common pieces ---- */
 
 static void put_ids(struct sbuf *b, const int32_t *ids, size_t n)
 {
@@ -246,7 +246,7 @@ static const char *finish_name(const struct choice *ch)
     return answer_finish_name(&ch->answer, ch->finish);
 }
 
-/* ---- tool calls ------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- tool calls ---- */
 
 struct call_text *write_open_call(struct choice *ch, uint32_t call)
 {
@@ -275,7 +275,7 @@ static void put_call_head(struct sbuf *b, const struct call_text *c)
     sbuf_str(b, ",\"arguments\":");
 }
 
-/* ---- streamed -------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- streamed ---- */
 
 /* Opens `data: {... "choices":[{"index":N`; chunk_close writes what every chunk ends with. */
 static struct sbuf *chunk_open(struct choice *ch)
@@ -421,7 +421,7 @@ void write_stream_end(struct gen *g)
     sbuf_str(&g->out, "data: [DONE]\n\n");
 }
 
-/* ---- whole ------------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- whole ---- */
 
 void write_event(void *choice, const struct chat_event *ev)
 {

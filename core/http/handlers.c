@@ -28,7 +28,7 @@ const struct route http_routes[] = {
     { NULL, NULL, NULL },
 };
 
-/* ---- shared by handlers --------------------------------------------------------------------------------------------------------- */
+/* ---- shared by handlers ---- */
 
 int body_object(struct conn *cn, struct json_object **out, struct arle_err *err)
 {
@@ -58,7 +58,7 @@ int find_model(struct conn *cn, const char *name, struct served_model **out, str
     return arle_err_param(err, -ENOENT, "model", "the model '%.100s' is not served here; there is: %s", name, known);
 }
 
-/* ---- models ------------------------------------------------------------------------------------------------------------------------- */
+/* ---- models ---- */
 
 static void put_model(struct sbuf *b, const struct served_model *m)
 {
@@ -94,7 +94,7 @@ enum MHD_Result handle_model(struct conn *cn)
     return reply_json(cn, 200, &b);
 }
 
-/* ---- health --------------------------------------------------------------------------------------------------------------------------- */
+/* ---- health ---- */
 
 static const char *dead_reason(const struct http_server *srv, struct engine_stats *st)
 {
@@ -136,7 +136,7 @@ enum MHD_Result handle_ready(struct conn *cn)
     return say_status(cn, 200, "ready", NULL);
 }
 
-/* ---- tokenizer ------------------------------------------------------------------------------------------------------------------------- */
+/* ---- tokenizer ---- */
 
 static int open_body(struct conn *cn, struct json_object **body, struct served_model **m, struct arle_err *err)
 {

@@ -19,7 +19,7 @@
 struct conn;
 struct gen;
 
-/* ---- wakers ------------------------------------------------------------------------------------------------------------------ */
+/* ---- wakers ---- */
 
 /*
  * Between an engine and a suspended connection. Wakers are recycled and freed only with the server, so that a notify that
@@ -45,7 +45,7 @@ void waker_wake(void *waker);               /* the engine's notify */
 /** Suspends, unless it was woken since the last call; then returns false and the caller looks again. */
 bool waker_sleep(struct waker *w);
 
-/* ---- settings that may change, counted ----------------------------------------------------------------------------------------- */
+/* ---- settings that may change, counted ---- */
 
 struct api_key {
     char *tenant, *key;
@@ -65,7 +65,7 @@ struct settings *settings_ref(struct http_server *srv);
 void settings_unref(struct settings *s);
 int settings_create(struct settings **out, const struct http_options *opts, struct arle_err *err);
 
-/* ---- server -------------------------------------------------------------------------------------------------------------------- */
+/* ---- server ---- */
 
 #define N_BUCKETS 12
 extern const double latency_buckets[N_BUCKETS];     /* seconds */
@@ -99,7 +99,7 @@ struct http_server {
     int64_t start_us;
 };
 
-/* ---- connection ---------------------------------------------------------------------------------------------------------------- */
+/* ---- connection ---- */
 
 struct route {
     const char *method, *path;      /* a path that ends in '*' matches what follows */
@@ -128,7 +128,7 @@ struct conn {
     struct gen *gen;                /* a generation in progress */
 };
 
-/* ---- replies (reply.c) ----------------------------------------------------------------------------------------------------------- */
+/* ---- replies (reply.c) ---- */
 
 /** Queues a JSON reply; empties `json`. */
 enum MHD_Result reply_json(struct conn *cn, int status, struct sbuf *json);
@@ -145,7 +145,7 @@ void messages_error(struct sbuf *out, const struct arle_err *err);
 /** Counts and logs a finished reply, once. */
 void conn_done(struct conn *cn);
 
-/* ---- handlers ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- handlers ---- */
 
 enum MHD_Result handle_chat(struct conn *cn);
 enum MHD_Result handle_completions(struct conn *cn);

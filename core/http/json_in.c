@@ -10,7 +10,7 @@
 #include "config/config.h"
 #include "util/jfield.h"
 
-/* ---- known fields ------------------------------------------------------------------------------------------------------------ */
+/* ---- known fields ---- */
 
 #define COMMON_FIELDS \
     "model", "stream", "stream_options", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", \
@@ -70,7 +70,7 @@ static int check_fields(enum dialect dialect, struct json_object *body, struct a
     return 0;
 }
 
-/* ---- readers ------------------------------------------------------------------------------------------------------------------- */
+/* ---- readers ---- */
 
 static int read_f32(struct json_object *body, const char *key, double min, double max, float *out, struct arle_err *err)
 {
@@ -227,7 +227,7 @@ static int read_extensions(struct gen_params *p, struct json_object *body, struc
     return 0;
 }
 
-/* ---- chat ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- chat ---- */
 
 static int read_chat_logprobs(struct gen_params *p, struct json_object *body, struct arle_err *err)
 {
@@ -313,7 +313,7 @@ static int read_chat(struct gen_params *p, struct json_object *body, struct arle
     return check_modalities(body, err);
 }
 
-/* ---- completions ---------------------------------------------------------------------------------------------------------------- */
+/* ---- completions ---- */
 
 static int read_completions(struct gen_params *p, struct json_object *body, struct arle_err *err)
 {
@@ -394,7 +394,7 @@ int completion_prompts(struct json_object *body, uint32_t vocab, struct raw_prom
     return 0;
 }
 
-/* ---- both ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- both ---- */
 
 int gen_model_name(struct json_object *body, const char **out, struct arle_err *err)
 {

@@ -37,7 +37,7 @@ static struct json_object *add_message(struct conversion *c, const char *role)
     return m;
 }
 
-/* ---- content -------------------------------------------------------------------------------------------------------------------- */
+/* ---- content ---- */
 
 /* A string, or a list of text blocks, joined. */
 static int read_text(struct conversion *c, struct json_object *v, const char *path, struct sbuf *out)
@@ -205,7 +205,7 @@ static int take_messages(struct conversion *c, struct json_object *body)
     return r;
 }
 
-/* ---- the rest of the body ---------------------------------------------------------------------------------------------------------- */
+/* ---- the rest of the body ---- */
 
 static int take_tools(struct conversion *c, struct json_object *body, struct json_object *out)
 {

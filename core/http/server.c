@@ -24,7 +24,7 @@
 #define WATCH_MS 100            /* how soon a hang-up of a suspended connection is noticed */
 #define MAX_DISCARD (256u << 20)        /* a refused body is read up to this, so that the client sees the reply */
 
-/* ---- wakers -------------------------------------------------------------------------------------------------------------------- */
+/* ---- wakers ---- */
 
 struct waker *waker_take(struct http_server *srv, struct MHD_Connection *c)
 {
@@ -127,7 +127,7 @@ static void *watcher(void *arg)
     return NULL;
 }
 
-/* ---- life of a request ------------------------------------------------------------------------------------------------------------ */
+/* ---- life of a request ---- */
 
 static struct conn *conn_create(struct http_server *srv, struct MHD_Connection *c, const char *url, const char *method)
 {
@@ -279,7 +279,7 @@ static enum MHD_Result on_request(void *cls, struct MHD_Connection *c, const cha
     return dispatch(cn);
 }
 
-/* ---- listening ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- listening ---- */
 
 static bool is_loopback(const struct sockaddr *sa)
 {
@@ -366,7 +366,7 @@ static int listen_tcp(struct http_server *srv, const struct http_options *o, str
     return r;
 }
 
-/* ---- start and stop --------------------------------------------------------------------------------------------------------------------- */
+/* ---- start and stop ---- */
 
 static void log_mhd(void *arg, const char *fmt, va_list ap)
 {

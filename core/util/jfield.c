@@ -6,7 +6,7 @@
 
 #include <json-c/json.h>
 
-/* ---- whole texts --------------------------------------------------------------------------------------------------------- */
+/* ---- whole texts ---- */
 
 size_t utf8_invalid_at(const char *text, size_t len)
 {
@@ -96,7 +96,7 @@ int json_text_parse_object(const char *text, size_t len, const char *what, struc
     return 0;
 }
 
-/* ---- members --------------------------------------------------------------------------------------------------------------- */
+/* ---- members ---- */
 
 const char *json_kind(struct json_object *v)
 {
