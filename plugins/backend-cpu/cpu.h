@@ -79,6 +79,13 @@ struct rope_args {
     const float *cs;            /* [rot_dim / 2] cos, then [rot_dim / 2] sin, both times rope_scale */
 };
 
+/* Rows of a compressed entry: per channel c, softmax over the rows of g[r][c] + ape[r][c], applied to kv[r][c]. */
+struct pool_rows {
+    unsigned n_rows;
+    int64_t n;                                  /* channels */
+    const float *const *kv, *const *g, *const *ape;     /* [n_rows] rows; a NULL row of ape adds nothing */
+};
+
 struct kernels {
     const char *name;
     unsigned max_rows;                          /* rows of a full tile of a matrix product */
@@ -118,6 +125,15 @@ struct kernels {
     /* sum of exp((x - m) * inv_t), each block of 4096 summed on its own and added in order */
     double (*sum_exp)(int64_t n, const float *x, float m, float inv_t);
     void (*exps)(int64_t n, const float *x, float m, float inv_t, float *out);      /* out[i] = exp((x[i] - m) * inv_t) */
+    /* The halves of attn, for callers that see all scores before they weigh; m, l, v (scores) and k, m, l (weigh) are not used.
+     * s and p are [n_q][CPU_KEY_BLOCK]: s[i][j] = q_i . k_j (rest of the row undefined), o_i += sum_j p[i][j] v_j in key order. */
+    void (*scores)(const struct attn_block *b, float *s);
+    void (*weigh)(const struct attn_block *b, const float *p);
+    void (*pool)(const struct pool_rows *r, float *out);
+    /* out[j] = sum_h max(s[h][j], 0) w[h], j < CPU_KEY_BLOCK, s as above; `round` rounds every factor, product and the sum to bf16 */
+    void (*index_sum)(unsigned n_heads, const float *s, const float *w, bool round, float *out);
+    /* Packed E2M1 of n_groups groups of 16 code rows, [16 k2][16] bytes and [16] E8M0 per group, as bf16 [k2][16][2]. */
+    void (*widen)(const uint8_t *codes, const uint8_t *scales, int64_t n_groups, uint16_t *out);
 };
 
 extern const struct kernels kernels_ref;
@@ -207,8 +223,6 @@ uint64_t cpu_weight_bytes(const struct arle_weight *w);
 uint64_t cpu_weight_predict(struct arle_device *dev, const struct arle_weight_desc *d);
 /** Row `row` of a packed weight of role EMBED or LINEAR as act values. */
 void weight_row(const struct arle_weight *w, int64_t row, void *out, uint32_t dtype);
-/** One CPU_FP4 block as bf16 [k2][16][2]. */
-void weight_widen(const struct arle_weight *w, const char *block, uint16_t *out);
 
 /* ---- matrix products (ops_linear.c) -------------------------------------------------------------------------------- */
 

@@ -571,6 +571,118 @@ static void FAST(gdn)(const struct gdn_slice *a)
         gdn_columns(a, 1, c, a->cols - c);
 }
 
+/* ---- latent attention, compressors, packed weights ------------------------------------------------------------------- */
+
+static INLINE void scores_typed(const struct attn_block *b, uint32_t dtype, unsigned first, unsigned n_q, float *s)
+{
+    unsigned n_k = VEC_ACC / n_q;
+    for (unsigned j = 0; j < b->n_keys; j += n_k) {
+        const void *keys[VEC_ACC];
+        for (unsigned i = 0; i < n_k; i++)
+            keys[i] = b->k[j + i < b->n_keys ? j + i : b->n_keys - 1];
+        score_tile(b, dtype, b->q + (size_t)first * b->head_dim, n_q, keys, s + first * CPU_KEY_BLOCK + j);
+    }
+}
+
+static INLINE void scores_all(const struct attn_block *b, uint32_t dtype, float *s)
+{
+    unsigned i = 0;
+    for (; i + 4 <= b->n_q; i += 4)
+        scores_typed(b, dtype, i, 4, s);
+    for (; i < b->n_q; i++)
+        scores_typed(b, dtype, i, 1, s);
+}
+
+static void FAST(scores)(const struct attn_block *b, float *s)
+{
+    if (b->dtype == ARLE_BF16)
+        scores_all(b, ARLE_BF16, s);
+    else
+        scores_all(b, ARLE_F32, s);
+}
+
+static INLINE void weigh_typed(const struct attn_block *b, uint32_t dtype, const float *p)
+{
+    static const float keep[VEC_PV_Q] = { [0 ... VEC_PV_Q - 1] = 1.0f };
+    int64_t hd = b->head_dim, d;
+    for (unsigned i = 0; i < b->n_q;) {
+        float *o = b->o + i * (size_t)hd;
+        const float *pi = p + i * CPU_KEY_BLOCK;
+        if (b->n_q - i >= VEC_PV_Q) {
+            for (d = 0; d + VEC_PV_D * 16 <= hd; d += VEC_PV_D * 16)
+                value_tile(b, dtype, pi, keep, VEC_PV_Q, VEC_PV_D, d, VEC_PV_D * 16, o);
+            for (; d < hd; d += 16)
+                value_tile(b, dtype, pi, keep, VEC_PV_Q, 1, d, hd - d, o);
+            i += VEC_PV_Q;
+        } else {
+            for (d = 0; d + VEC_PV_D * 16 <= hd; d += VEC_PV_D * 16)
+                value_tile(b, dtype, pi, keep, 1, VEC_PV_D, d, VEC_PV_D * 16, o);
+            for (; d < hd; d += 16)
+                value_tile(b, dtype, pi, keep, 1, 1, d, hd - d, o);
+            i++;
+        }
+    }
+}
+
+static void FAST(weigh)(const struct attn_block *b, const float *p)
+{
+    if (b->dtype == ARLE_BF16)
+        weigh_typed(b, ARLE_BF16, p);
+    else
+        weigh_typed(b, ARLE_F32, p);
+}
+
+static INLINE vf pool_gate(const struct pool_rows *p, unsigned r, int64_t c, int64_t n)
+{
+    vf g = get16(p->g[r], ARLE_F32, c, n);
+    return p->ape[r] != NULL ? vf_add(g, get16(p->ape[r], ARLE_F32, c, n)) : g;
+}
+
+static void FAST(pool)(const struct pool_rows *p, float *out)
+{
+    for (int64_t c = 0; c < p->n; c += 16) {
+        int64_t n = p->n - c;
+        vf top = vf_set1(-INFINITY), den = vf_zero(), num = vf_zero();
+        for (unsigned r = 0; r < p->n_rows; r++)
+            top = vf_max(top, pool_gate(p, r, c, n));
+        for (unsigned r = 0; r < p->n_rows; r++) {
+            vf e = vf_exp(vf_sub(pool_gate(p, r, c, n), top));
+            den = vf_add(den, e);
+            num = vf_fma(e, get16(p->kv[r], ARLE_F32, c, n), num);
+        }
+        put16(out, ARLE_F32, c, n, vf_div(num, den));
+    }
+}
+
+static void FAST(index_sum)(unsigned n_heads, const float *s, const float *w, bool round, float *out)
+{
+    uint32_t dtype = round ? ARLE_BF16 : ARLE_F32;
+    for (unsigned j = 0; j < CPU_KEY_BLOCK; j += 16) {
+        vf sum = vf_zero();
+        for (unsigned h = 0; h < n_heads; h++) {
+            vf v = vf_max(round_act(dtype, vf_load(s + h * CPU_KEY_BLOCK + j)), vf_zero());
+            sum = vf_add(sum, round_act(dtype, vf_mul(v, vf_set1(w[h]))));
+        }
+        vf_store(out + j, round_act(dtype, sum));
+    }
+}
+
+static void FAST(widen)(const uint8_t *codes, const uint8_t *scales, int64_t n_groups, uint16_t *out)
+{
+    for (int64_t g = 0; g < n_groups; g++, codes += 16 * CPU_BLOCK, scales += CPU_BLOCK, out += 32 * CPU_BLOCK) {
+        bool plain = true;              /* every product is a normal bf16 */
+        for (int c = 0; c < CPU_BLOCK; c++)
+            plain &= scales[c] >= 2 && scales[c] <= 251;
+        if (!plain) {
+            kernels_ref.widen(codes, scales, 1, out);
+            continue;
+        }
+        vscale sc = vf_fp4_scale(scales);
+        for (int i = 0; i < 16; i++)
+            vf_fp4_row(codes + i * CPU_BLOCK, sc, out + i * CPU_BLOCK * 2);
+    }
+}
+
 #define FAST_TABLE \
     .max_rows = VEC_ROWS, \
     .tile_blocks = { 0, VEC_BLOCKS(1), VEC_BLOCKS(2), VEC_BLOCKS(3), VEC_BLOCKS(4), VEC_BLOCKS(5), VEC_BLOCKS(6), VEC_BLOCKS(7), \
@@ -579,4 +691,5 @@ static void FAST(gdn)(const struct gdn_slice *a)
     .silu_mul = FAST(silu_mul), .to_f32 = FAST(to_f32), .rmsnorm = FAST(rmsnorm), .axpy = FAST(axpy), .dot = FAST(dot), \
     .sincos = FAST(sincos), .rope = FAST(rope), .attn = FAST(attn), .attn_finish = FAST(attn_finish), .dequant = FAST(dequant), \
     .conv = FAST(conv), .l2norm = FAST(l2norm), .gdn = FAST(gdn), .gated_norm = FAST(gated_norm), .max = FAST(max), \
-    .sum_exp = FAST(sum_exp), .exps = FAST(exps)
+    .sum_exp = FAST(sum_exp), .exps = FAST(exps), .scores = FAST(scores), .weigh = FAST(weigh), .pool = FAST(pool), \
+    .index_sum = FAST(index_sum), .widen = FAST(widen)

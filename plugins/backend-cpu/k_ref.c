@@ -228,11 +228,75 @@ static void ref_exps(int64_t n, const float *x, float m, float inv_t, float *out
         out[i] = expf((x[i] - m) * inv_t);
 }
 
+static void ref_scores(const struct attn_block *b, float *s)
+{
+    for (unsigned i = 0; i < b->n_q; i++)
+        for (unsigned j = 0; j < b->n_keys; j++) {
+            float sum = 0;
+            for (unsigned d = 0; d < b->head_dim; d++)
+                sum += b->q[(size_t)i * b->head_dim + d] * act_get(b->k[j], b->dtype, d);
+            s[i * CPU_KEY_BLOCK + j] = sum;
+        }
+}
+
+static void ref_weigh(const struct attn_block *b, const float *p)
+{
+    for (unsigned i = 0; i < b->n_q; i++)
+        for (unsigned j = 0; j < b->n_keys; j++)
+            for (unsigned d = 0; d < b->head_dim; d++)
+                b->o[(size_t)i * b->head_dim + d] += p[i * CPU_KEY_BLOCK + j] * act_get(b->v[j], b->dtype, d);
+}
+
+static void ref_pool(const struct pool_rows *p, float *out)
+{
+    for (int64_t c = 0; c < p->n; c++) {
+        float top = -INFINITY, den = 0, num = 0;
+        for (unsigned r = 0; r < p->n_rows; r++)
+            top = fmaxf(top, p->g[r][c] + (p->ape[r] ? p->ape[r][c] : 0));
+        for (unsigned r = 0; r < p->n_rows; r++) {
+            float e = expf(p->g[r][c] + (p->ape[r] ? p->ape[r][c] : 0) - top);
+            den += e;
+            num += e * p->kv[r][c];
+        }
+        out[c] = num / den;
+    }
+}
+
+static void ref_index_sum(unsigned n_heads, const float *s, const float *w, bool round, float *out)
+{
+    uint32_t dtype = round ? ARLE_BF16 : ARLE_F32;
+    for (unsigned j = 0; j < CPU_KEY_BLOCK; j++) {
+        float sum = 0;
+        for (unsigned h = 0; h < n_heads; h++)
+            sum += act_round(dtype, fmaxf(act_round(dtype, s[h * CPU_KEY_BLOCK + j]), 0.0f) * w[h]);
+        out[j] = act_round(dtype, sum);
+    }
+}
+
+static void ref_widen(const uint8_t *codes, const uint8_t *scales, int64_t n_groups, uint16_t *out)
+{
+    for (int64_t g = 0; g < n_groups; g++) {
+        uint32_t lut[CPU_BLOCK][16];        /* bf16 of every code times the group's scale */
+        for (int64_t c = 0; c < CPU_BLOCK; c++) {
+            float s = e8m0_to_f32(scales[g * CPU_BLOCK + c]);
+            for (int v = 0; v < 16; v++)
+                lut[c][v] = f32_to_bf16(e2m1_to_f32((uint8_t)v) * s);
+        }
+        for (int64_t i = g * 16; i < (g + 1) * 16; i++)
+            for (int64_t c = 0; c < CPU_BLOCK; c++) {
+                uint8_t b = codes[i * CPU_BLOCK + c];
+                uint32_t pair = lut[c][b & 15] | lut[c][b >> 4] << 16;
+                memcpy(out + (i * CPU_BLOCK + c) * 2, &pair, sizeof pair);
+            }
+    }
+}
+
 const struct kernels kernels_ref = {
     .name = "reference", .max_rows = 8, .tile_blocks = { [0 ... CPU_MAX_ROWS] = 2 },
     .gemm_f32_wbf16 = ref_gemm_f32_wbf16, .gemm_f32_wf32 = ref_gemm_f32_wf32,
     .store_row = ref_store_row, .silu_mul = ref_silu_mul, .to_f32 = ref_to_f32, .rmsnorm = ref_rmsnorm, .axpy = ref_axpy,
     .dot = ref_dot, .sincos = ref_sincos, .rope = ref_rope, .attn = ref_attn, .attn_finish = ref_attn_finish,
     .dequant = ref_dequant, .conv = ref_conv, .l2norm = ref_l2norm, .gdn = ref_gdn, .gated_norm = ref_gated_norm, .max = ref_max,
-    .sum_exp = ref_sum_exp, .exps = ref_exps,
+    .sum_exp = ref_sum_exp, .exps = ref_exps, .scores = ref_scores, .weigh = ref_weigh, .pool = ref_pool,
+    .index_sum = ref_index_sum, .widen = ref_widen,
 };

@@ -10,7 +10,7 @@ static _Thread_local float *part_scratch;
 struct lat_job {
     struct arle_device *dev;
     uint32_t n;
-    void (*fn)(void *arg, uint32_t i0, uint32_t i1);
+    lat_fn fn;
     void *arg;
 };
 
@@ -18,10 +18,10 @@ static void lat_part(void *arg, unsigned part, unsigned n_parts)
 {
     const struct lat_job *j = arg;
     part_scratch = thread_scratch(j->dev, part);
-    j->fn(j->arg, (uint32_t)part_begin(j->n, part, n_parts), (uint32_t)part_begin(j->n, part + 1, n_parts));
+    j->fn(j->dev->k, j->arg, (uint32_t)part_begin(j->n, part, n_parts), (uint32_t)part_begin(j->n, part + 1, n_parts));
 }
 
-int lat_parallel(struct arle_device *dev, uint32_t n, double cost_ns, void (*fn)(void *arg, uint32_t i0, uint32_t i1), void *arg)
+int lat_parallel(struct arle_device *dev, uint32_t n, double cost_ns, lat_fn fn, void *arg)
 {
     struct lat_job j = { dev, n, fn, arg };
     if (n > 0)
@@ -86,24 +86,29 @@ void lat_rope(uint32_t dtype, float *x, uint32_t rot_dim, int32_t pos, const flo
     lat_round(dtype, x, rot_dim);
 }
 
+/* Adding 1.5 * 2^k to a small f32 and taking it away again rounds to multiples of 2^(k - 23), to nearest even. */
+static inline float round_to_step(float x, float magic)
+{
+    return (x + magic) - magic;
+}
+
 float lat_e4m3_round(float x)
 {
     float m = fabsf(x);
-    if (isnan(x))
-        return x;
-    if (m >= 448.0f)
-        return copysignf(448.0f, x);
-    int e;
-    frexpf(m, &e);                                  /* m = f * 2^e, f in [0.5, 1) */
-    int q = e - 1 < -6 ? -9 : e - 1 - 3;            /* three mantissa bits; subnormals step by 2^-9 */
-    return copysignf(ldexpf(nearbyintf(ldexpf(m, -q)), q), x);
+    if (!(m < 448.0f))
+        return isnan(x) ? x : copysignf(448.0f, x);
+    if (m < 0x1p-6f)
+        return copysignf(round_to_step(m, 0x1.8p14f), x);       /* subnormals step by 2^-9 */
+    uint32_t u = f32_bits(x);                                   /* three mantissa bits */
+    u = (u + 0x7ffffu + (u >> 20 & 1)) & ~0xfffffu;
+    return bits_f32(u);
 }
 
 float lat_e2m1_round(float x)
 {
-    float m = fminf(fabsf(x), 6.0f);
-    float step = m < 2.0f ? 0.5f : m < 4.0f ? 1.0f : 2.0f;
-    return copysignf(nearbyintf(m / step) * step, x);
+    float m = fabsf(x);
+    m = m < 6.0f ? m : 6.0f;
+    return copysignf(m < 2.0f ? round_to_step(m, 0x1.8p22f) : m < 4.0f ? round_to_step(m, 0x1.8p23f) : round_to_step(m, 0x1.8p24f), x);
 }
 
 float lat_pow2_scale(float amax, float inv_top)
@@ -122,9 +127,9 @@ void lat_quant_fp8(float *x, size_t n, size_t block)
         float amax = 1e-4f;
         for (size_t i = 0; i < len; i++)
             amax = fmaxf(amax, fabsf(x[at + i]));
-        float s = lat_pow2_scale(amax, 1.0f / 448.0f);
+        float s = lat_pow2_scale(amax, 1.0f / 448.0f), inv = 1.0f / s;      /* powers of two: exact */
         for (size_t i = 0; i < len; i++)
-            x[at + i] = lat_e4m3_round(x[at + i] / s) * s;
+            x[at + i] = lat_e4m3_round(x[at + i] * inv) * s;
     }
 }
 
@@ -135,9 +140,9 @@ void lat_quant_fp4(float *x, size_t n)
         float amax = ldexpf(6.0f, -126);
         for (size_t i = 0; i < len; i++)
             amax = fmaxf(amax, fabsf(x[at + i]));
-        float s = lat_pow2_scale(amax, 1.0f / 6.0f);
+        float s = lat_pow2_scale(amax, 1.0f / 6.0f), inv = 1.0f / s;
         for (size_t i = 0; i < len; i++)
-            x[at + i] = lat_e2m1_round(x[at + i] / s) * s;
+            x[at + i] = lat_e2m1_round(x[at + i] * inv) * s;
     }
 }
 

@@ -37,6 +37,8 @@ void lat_hadamard(float *x, uint32_t n);
 float *lat_scratch(size_t n);
 #define LAT_SCRATCH ((size_t)5 << 20)   /* floats */
 /* Splits [0, n) statically over the device's workers; cost_ns is about what one item takes. */
-int lat_parallel(struct arle_device *dev, uint32_t n, double cost_ns, void (*fn)(void *arg, uint32_t i0, uint32_t i1), void *arg);
+struct kernels;
+typedef void (*lat_fn)(const struct kernels *k, void *arg, uint32_t i0, uint32_t i1);
+int lat_parallel(struct arle_device *dev, uint32_t n, double cost_ns, lat_fn fn, void *arg);
 
 #endif

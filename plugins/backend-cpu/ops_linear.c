@@ -2,6 +2,7 @@
  * Matrix products and their neighbours: embed, rmsnorm, linear, norm_linear, silu_mul, gate_up. mm_run() serves the experts too.
  */
 #include "cpu.h"
+#include "latent_math.h"
 
 /* Work of one matrix product: packed tiles of activations times ranges of column blocks. */
 struct mm_job {
@@ -18,21 +19,6 @@ struct mm_job {
 static const void *mm_x_row(const struct mm *m, uint32_t row)
 {
     return act_at(m->x, m->dtype, m->x_rows ? m->x_rows[row] : (int64_t)row, m->ld_x, 0);
-}
-
-/* x as the model defines it for quantised linears: E4M3 per 128 with a power-of-two scale, then back; exact in bf16. */
-static void fake_quant_e4m3(float *x, int64_t n)
-{
-    for (int64_t b = 0; b < n; b += 128) {
-        int64_t end = b + 128 < n ? b + 128 : n;
-        float amax = 1e-4f;
-        for (int64_t i = b; i < end; i++)
-            amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
-        uint32_t t = f32_bits(amax * (1.0f / 448.0f));
-        float s = ldexpf(1.0f, (int)(t >> 23) - 127 + ((t & 0x7fffffu) != 0));
-        for (int64_t i = b; i < end; i++)
-            x[i] = e4m3_to_f32(f32_to_e4m3(fminf(fmaxf(x[i] / s, -448.0f), 448.0f))) * s;
-    }
 }
 
 /* Packs one tile as [k2][rows][2]; a missing last k is zero. tmp holds k + 1 floats. */
@@ -54,7 +40,7 @@ static void pack_tile(const struct mm_job *j, uint32_t row0, unsigned rows, char
         j->k->to_f32(x, j->m->dtype, k, tmp);
         tmp[k] = 0;
         if (quant)
-            fake_quant_e4m3(tmp, k);
+            lat_quant_fp8(tmp, (size_t)k, 128);      /* exact in bf16 */
         for (int64_t i = 0; i < k2; i++) {
             if (j->x_kind == X_BF16) {
                 ((uint32_t *)(void *)out)[i * rows + r] = (uint32_t)f32_to_bf16(tmp[2 * i]) | (uint32_t)f32_to_bf16(tmp[2 * i + 1]) << 16;
@@ -97,12 +83,16 @@ static void store_gate(const struct mm_job *j, uint32_t row, int64_t block, unsi
     }
 }
 
+#define WIDEN_BYTES ((size_t)512 << 10)     /* of widened blocks at a time: what the second cache level keeps beside its other users */
+
 /* The blocks of one group as bf16, in the thread's scratch: widened once for all rows. */
 static const char *widen_blocks(struct arle_device *dev, const struct arle_weight *w, const char *packed, unsigned blocks, unsigned part)
 {
     uint16_t *out = thread_scratch(dev, part);
-    for (unsigned i = 0; i < blocks; i++)
-        weight_widen(w, packed + i * w->block_bytes, out + (size_t)i * (size_t)w->k2 * CPU_BLOCK * 2);
+    for (unsigned i = 0; i < blocks; i++) {
+        const uint8_t *codes = (const uint8_t *)packed + i * w->block_bytes;
+        dev->k->widen(codes, codes + (size_t)w->k2 * CPU_BLOCK, w->k / 32, out + (size_t)i * (size_t)w->k2 * CPU_BLOCK * 2);
+    }
     return (const char *)out;
 }
 
@@ -119,6 +109,8 @@ static void mm_job(void *arg, unsigned part, unsigned n_parts)
     if (group < unit)
         group = unit;
     size_t block_bytes = w->dtype == CPU_FP4 ? (size_t)w->k2 * CPU_BLOCK * 4 : w->block_bytes;
+    while (w->dtype == CPU_FP4 && group > unit && group * block_bytes > WIDEN_BYTES)
+        group /= 2;
     for (int64_t b = part_begin(units, part, n_parts) * unit; b < end; b += group) {
         unsigned blocks = end - b < group ? (unsigned)(end - b) : group;
         const char *wb = w->data + m->expert * w->expert_bytes + (size_t)b * w->block_bytes;

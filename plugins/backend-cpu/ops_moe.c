@@ -138,6 +138,11 @@ static void sum_part(void *arg, unsigned part, unsigned n_parts)
         memset(acc, 0, (size_t)j->hidden * sizeof *acc);
         if (a->accumulate)
             j->dev->k->to_f32(y, a->dtype, j->hidden, acc);
+        for (uint32_t i = 0; i < j->slots && a->down->act_quant; i++) {    /* a quantised linear's output is an act value */
+            float *e = j->e + (t * j->slots + i) * j->hidden;
+            j->dev->k->store_row(e, j->hidden, x, a->dtype, false);
+            j->dev->k->to_f32(x, a->dtype, j->hidden, e);
+        }
         for (uint32_t i = 0; i < a->k; i++)
             j->dev->k->axpy(j->hidden, a->weight_first ? 1.0f : a->weights[t * a->k + i], j->e + (t * j->slots + i) * j->hidden, acc);
         if (a->shared_down != NULL) {

@@ -173,4 +173,40 @@ static INLINE void vf_quadrant(vf q, vf s, vf c, vf *out_sin, vf *out_cos)
     quadrant8(q.b, s.b, c.b, &out_sin->b, &out_cos->b);
 }
 
+typedef struct { __m128i q[4]; } vscale;      /* see vec_avx512.h; four columns each */
+static INLINE vscale vf_fp4_scale(const uint8_t *scales)
+{
+    vscale out;
+    for (int i = 0; i < 4; i++) {
+        int32_t four;
+        memcpy(&four, scales + 4 * i, sizeof four);
+        __m128i e = _mm_slli_epi32(_mm_sub_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four)), _mm_set1_epi32(127)), 7);
+        out.q[i] = _mm_or_si128(_mm_and_si128(e, _mm_set1_epi32(0xffff)), _mm_slli_epi32(e, 16));
+    }
+    return out;
+}
+
+static INLINE __m128i fp4_scaled(__m128i v, __m128i sc)
+{
+    __m128i zero = _mm_cmpeq_epi16(_mm_and_si128(v, _mm_set1_epi16(0x7fff)), _mm_setzero_si128());
+    return _mm_add_epi16(v, _mm_andnot_si128(zero, sc));
+}
+
+static INLINE void vf_fp4_row(const uint8_t *codes, vscale sc, uint16_t *out)
+{
+    const __m128i high = _mm_setr_epi8(0, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, (char)0x80, (char)0xbf, (char)0xbf, (char)0xbf,
+                                       (char)0xc0, (char)0xc0, (char)0xc0, (char)0xc0);
+    const __m128i low = _mm_setr_epi8(0, 0, (char)0x80, (char)0xc0, 0, 0x40, (char)0x80, (char)0xc0, 0, 0, (char)0x80, (char)0xc0, 0,
+                                      0x40, (char)0x80, (char)0xc0);
+    __m128i b = _mm_loadu_si128((const __m128i *)(const void *)codes), mask = _mm_set1_epi8(15);
+    __m128i even = _mm_and_si128(b, mask), odd = _mm_and_si128(_mm_srli_epi16(b, 4), mask), *o = (__m128i *)(void *)out;
+    __m128i eh = _mm_shuffle_epi8(high, even), el = _mm_shuffle_epi8(low, even);
+    __m128i oh = _mm_shuffle_epi8(high, odd), ol = _mm_shuffle_epi8(low, odd);
+    __m128i e0 = _mm_unpacklo_epi8(el, eh), e1 = _mm_unpackhi_epi8(el, eh), o0 = _mm_unpacklo_epi8(ol, oh), o1 = _mm_unpackhi_epi8(ol, oh);
+    _mm_storeu_si128(o, fp4_scaled(_mm_unpacklo_epi16(e0, o0), sc.q[0]));
+    _mm_storeu_si128(o + 1, fp4_scaled(_mm_unpackhi_epi16(e0, o0), sc.q[1]));
+    _mm_storeu_si128(o + 2, fp4_scaled(_mm_unpacklo_epi16(e1, o1), sc.q[2]));
+    _mm_storeu_si128(o + 3, fp4_scaled(_mm_unpackhi_epi16(e1, o1), sc.q[3]));
+}
+
 #endif

@@ -128,4 +128,24 @@ static INLINE void vf_quadrant(vf q, vf s, vf c, vf *out_sin, vf *out_cos)
     *out_cos = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(_mm512_mask_mov_ps(c, odd, s)), sign_c));
 }
 
+/* bf16 of 32 packed E2M1 values, in the order of memory; sc holds exponents to add, times 128, in both halves of a column's lane. */
+typedef __m512i vscale;
+static INLINE vscale vf_fp4_scale(const uint8_t *scales)
+{
+    __m512i e = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)scales)),
+                                                   _mm512_set1_epi32(127)), 7);
+    return _mm512_or_si512(_mm512_and_si512(e, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(e, 16));
+}
+
+static INLINE void vf_fp4_row(const uint8_t *codes, vscale sc, uint16_t *out)
+{
+    const __m512i table = _mm512_castsi256_si512(_mm256_setr_epi16(0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+        (short)0x8000, (short)0xbf00, (short)0xbf80, (short)0xbfc0, (short)0xc000, (short)0xc040, (short)0xc080, (short)0xc0c0));
+    __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)codes));
+    __m512i at = _mm512_and_si512(_mm512_or_si512(b, _mm512_slli_epi32(b, 12)), _mm512_set1_epi32(0x000f000f));
+    __m512i v = _mm512_permutexvar_epi16(at, table);
+    v = _mm512_mask_add_epi16(v, _mm512_test_epi16_mask(v, _mm512_set1_epi16(0x7fff)), v, sc);      /* zero has no exponent */
+    _mm512_storeu_si512(out, v);
+}
+
 #endif

@@ -245,25 +245,6 @@ static void pack_fp4(const struct arle_weight *w, char *block, const struct arle
         scales[g * CPU_BLOCK + (uint64_t)c] = p->t->data ? ((const uint8_t *)p->scale->data)[r * groups + g] : (uint8_t)random_scale;
 }
 
-void weight_widen(const struct arle_weight *w, const char *block, uint16_t *out)
-{
-    const uint8_t *codes = (const uint8_t *)block, *scales = codes + (size_t)w->k2 * CPU_BLOCK;
-    for (int64_t g = 0; g < w->k / 32; g++) {
-        uint32_t lut[CPU_BLOCK][16];        /* bf16 of every code times the group's scale */
-        for (int64_t c = 0; c < CPU_BLOCK; c++) {
-            float s = e8m0_to_f32(scales[g * CPU_BLOCK + c]);
-            for (int v = 0; v < 16; v++)
-                lut[c][v] = f32_to_bf16(e2m1_to_f32((uint8_t)v) * s);
-        }
-        for (int64_t i = g * 16; i < (g + 1) * 16; i++)
-            for (int64_t c = 0; c < CPU_BLOCK; c++) {
-                uint8_t b = codes[i * CPU_BLOCK + c];
-                uint32_t pair = lut[c][b & 15] | lut[c][b >> 4] << 16;
-                memcpy(out + (i * CPU_BLOCK + c) * 2, &pair, sizeof pair);
-            }
-    }
-}
-
 static void pack_part(void *arg, unsigned part, unsigned n_parts)
 {
     const struct packer *pk = arg;

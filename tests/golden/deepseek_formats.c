@@ -6,6 +6,7 @@
 #include "plugin_util.h"
 #include "tap.h"
 
+#include <math.h>
 #include <unistd.h>
 
 static char source[512], converted[] = "/tmp/arle-ds4-XXXXXX";
@@ -56,6 +57,66 @@ static void converted_checkpoint_loads_and_stays_close(void)
     EXPECT(weights < 0.25);                 /* untrained for 4-bit experts; the figure is reported, the bound catches mix-ups */
     EXPECT(full < 0.35);
     EXPECT(full != weights);
+}
+
+/* Logits of a prompt by one instruction set, which the machine may lack (NULL). The caller frees. */
+static float *logits_by(const char *isa, const struct golden_case *c, uint32_t *out_n, uint32_t chunk)
+{
+    struct arle_err err = ARLE_ERR_INIT;
+    struct harness *h = NULL;
+    char set[64];
+    snprintf(set, sizeof set, "backend-cpu.isa=%s", isa);
+    const struct harness_options o = { .model_dir = converted, .compute = ARLE_F32, .kv_dtype = ARLE_F32, .page_tokens = 64, .max_tokens = 128,
+                                       .n_seqs = 1, .seq_tokens = 128, .parity = true, .sets = { set } };
+    if (harness_open(&h, &o, &err) < 0) {
+        printf("# %s: %s\n", isa, err.msg);
+        return NULL;
+    }
+    uint32_t n = c->n_ids < 96 ? c->n_ids : 96, V = harness_desc(h)->vocab;
+    float *keep = malloc((size_t)n * V * 4);
+    harness_reset(h, 0);
+    for (uint32_t at = 0; at < n; at += chunk) {
+        const float *x;
+        struct harness_piece p = { 0, at, c->ids + at, n - at < chunk ? n - at : chunk };
+        if (harness_step(h, &p, 1, &x, NULL, &err) < 0)
+            TAP_FAIL("%s: %s", isa, err.msg);
+        else
+            memcpy(keep + (size_t)at * V, x, (size_t)p.n * V * 4);
+    }
+    *out_n = n * V;
+    harness_close(h);
+    return keep;
+}
+
+/* Packed experts, compressors, index and attention by vectors against plain loops; and cut differently, the same bits of each. */
+static void every_instruction_set_agrees(void)
+{
+    static const char *const isas[] = { "avx2", "avx512", "avx512bf16" };
+    struct arle_err err = ARLE_ERR_INIT;
+    struct golden *g = NULL;
+    REQUIRE(golden_open(&g, source, &err) == 0);
+    const struct golden_case *c = golden_at(g, 0);
+    uint32_t n = 0, m = 0;
+    for (uint32_t i = 1; i < golden_count(g); i++)
+        if (golden_at(g, i)->n_ids > c->n_ids)
+            c = golden_at(g, i);
+    float *want = logits_by("reference", c, &n, 128);
+    REQUIRE(want != NULL);
+    for (size_t i = 0; i < sizeof isas / sizeof isas[0]; i++) {
+        float *got = logits_by(isas[i], c, &m, 128), *cut = got ? logits_by(isas[i], c, &m, 7) : NULL;
+        if (got == NULL)
+            continue;
+        double worst = 0;
+        for (uint32_t j = 0; j < n; j++)
+            worst = fmax(worst, fabs((double)got[j] - want[j]));
+        printf("# %s: %.1e from the reference\n", isas[i], worst);
+        EXPECT(worst < 1e-4 && worst > 0);
+        EXPECT(cut != NULL && memcmp(got, cut, (size_t)n * 4) == 0);
+        free(got);
+        free(cut);
+    }
+    free(want);
+    golden_close(g);
 }
 
 static char *scaled_config(const char *name, uint32_t layers, const int *ratios, uint32_t drafts)
@@ -182,6 +243,7 @@ int main(void)
     if (mkdtemp(converted) == NULL)
         return 1;
     RUN(converted_checkpoint_loads_and_stays_close);
+    RUN(every_instruction_set_agrees);
     RUN(flash_shapes_load_and_step);
     RUN(pro_shapes_load_and_step);
     RUN(drafter_does_not_depend_on_chunking);
