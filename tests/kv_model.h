@@ -166,12 +166,12 @@ static inline int fm_open(struct fm *fm, const uint8_t *salt, const int32_t *tok
     int r;
     for (int i = 0; i < 20000; i++) {
         r = kv_seq_open(fm->kv, salt, tokens, n, s, hit, &fm->err);
-        if (r != -EINPROGRESS && (r != -EAGAIN || i > 200))     /* no room may be for the moment: copies hold pages */
+        if (r != -EINPROGRESS && (r != -EAGAIN || i > 60))     /* no room may be for the moment: copies hold pages */
             return r;
         kv_poll(fm->kv);
         kv_step_end(fm->kv);
         fake_pump(&fm->dev, 8);
-        if (i > 100)
+        if (r == -EINPROGRESS && i > 100)
             nanosleep(&(struct timespec){ .tv_nsec = 20000 }, NULL);
     }
     return r;

@@ -218,6 +218,29 @@ static void with_host_tier(void)
         }
 }
 
+/* Twice over the same folder, so that the second run begins with what the first one left on disk. */
+static void with_disk(void)
+{
+    char dir[64], cmd[100];
+    snprintf(dir, sizeof dir, "/tmp/arle-kv-property-%d", (int)getpid());
+    snprintf(cmd, sizeof cmd, "rm -rf '%s'", dir);
+    uint64_t promoted = 0;
+    for (int i = 0; i < 4; i++) {
+        struct kv_stats st = { 0 };
+        struct kv_config cfg = tight(i < 2 ? 16 : 64);
+        cfg.host_bytes = i % 2 == 0 ? 0 : 100000;
+        cfg.disk_dir = dir;
+        cfg.disk_bytes = i < 2 ? 4 << 20 : 300000;          /* the second pair evicts on disk all the time */
+        cfg.disk_fsync = KV_FSYNC_NEVER;
+        workload(cfg, true, 20000, &st);
+        check_use(&st, true);
+        promoted += st.promoted_bytes[2];
+        EXPECT(st.demoted_bytes[2] > 0);
+    }
+    EXPECT(promoted > 0);
+    EXPECT_EQ(system(cmd), 0);
+}
+
 int main(int argc, char **argv)
 {
     if (argc > 1)
@@ -225,5 +248,6 @@ int main(int argc, char **argv)
     RUN(device_only);
     RUN(odd_grid_and_quota);
     RUN(with_host_tier);
+    RUN(with_disk);
     return tap_done();
 }
