@@ -43,6 +43,7 @@ struct kv_node {
     uint64_t disk, disk_new;            /* id of the disk object; of the one being written; 0 = none */
     uint8_t store;                      /* the cluster tier has it */
     uint8_t origin;                     /* enum kv_tier it was promoted from and not yet counted */
+    uint8_t no_disk, no_store;          /* the tier refused or evicted it: not again before it is used again */
     uint8_t rising;                     /* its page is being copied up */
     uint8_t store_new;                  /* being put there */
     uint8_t has_key;                    /* kv.keys holds its key */
@@ -57,7 +58,7 @@ struct kv_snap {
     uint32_t hits, pins, busy;
     int32_t dev, host;                  /* record slots, -1 = none */
     uint64_t disk, disk_new;
-    uint8_t store, store_new, origin;
+    uint8_t store, store_new, origin, no_disk, no_store;
     double prio;
 };
 

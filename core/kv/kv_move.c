@@ -99,8 +99,10 @@ void move_update_node(struct kv *kv, int32_t i)
     bool idle = n->parent >= 0 && n->users == 0;
     bool barren = kv->has_state && n->kids == 0 && n->snaps < 0;
     put_or_remove(&kv->host_heap, i, idle && n->host >= 0 && n->host_kids == 0, n->prio);
-    /* Without a host tier of its own the host only passes on what can go further. */
-    bool stays = kv->cfg.host_bytes > 0 || (n->disk == 0 && !n->store && (n->fill == kv->pt || (n->start + n->fill) % 64 == 0));
+    /* What a slower tier has is not copied again: device and host would pass it round. Without a host tier of its own the host
+     * takes only what can go further. */
+    bool stays = n->disk == 0 && !n->store
+                 && (kv->cfg.host_bytes > 0 || n->fill == kv->pt || (n->start + n->fill) % 64 == 0);
     put_or_remove(&kv->down_heap, i, kv->host_pages.n > 0 && idle && n->page >= 0 && n->host < 0 && !barren && stays
                   && kv->pages.refs[n->page] == 1, n->prio);
     if (kv->slow != NULL)
@@ -113,7 +115,7 @@ void move_update_snap(struct kv *kv, int32_t i)
     bool idle = s->node >= 0 && s->pins == 0;
     put_or_remove(&kv->snap_host_heap, i, idle && s->host >= 0, s->prio);
     put_or_remove(&kv->snap_down_heap, i, kv->host_states.n > 0 && idle && s->dev >= 0 && s->host < 0
-                  && (kv->cfg.host_bytes > 0 || (s->disk == 0 && !s->store && s->pos % 64 == 0)), s->prio);
+                  && s->disk == 0 && !s->store && (kv->cfg.host_bytes > 0 || s->pos % 64 == 0), s->prio);
     if (kv->slow != NULL)
         slow_update_snap(kv, i);
 }

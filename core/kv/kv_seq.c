@@ -138,6 +138,7 @@ static void count_tiers(struct kv *kv, const struct attach *a, struct kv_hit *hi
         by[kv->nodes[i].origin] += end - kv->nodes[i].start;
         end = kv->nodes[i].start;
         kv->nodes[i].origin = TIER_DEVICE;
+        kv->nodes[i].no_disk = kv->nodes[i].no_store = 0;
     }
     hit->from_device = by[TIER_DEVICE];
     hit->from_host = by[TIER_HOST];

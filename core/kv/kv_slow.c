@@ -103,10 +103,10 @@ void slow_update_node(struct kv *kv, int32_t i)
     const struct kv_node *up = n->parent >= 0 ? &kv->nodes[n->parent] : NULL;
     bool root_above = up != NULL && up->fill == 0;
     if (kv->slow->disk.disk != NULL)
-        put_or_remove(&kv->disk_heap, i, idle && n->disk == 0 && n->disk_new == 0 && (root_above || up->disk || up->disk_new)
+        put_or_remove(&kv->disk_heap, i, idle && !n->no_disk && n->disk == 0 && n->disk_new == 0 && (root_above || up->disk || up->disk_new)
                       && (n->fill == kv->pt || (n->start + n->fill) % CADENCE == 0), n->start);
     if (kv->slow->store.store != NULL)
-        put_or_remove(&kv->store_heap, i, idle && !n->store && !n->store_new && n->fill == kv->pt
+        put_or_remove(&kv->store_heap, i, idle && !n->no_store && !n->store && !n->store_new && n->fill == kv->pt
                       && (root_above || up->store || up->store_new), n->start);
 }
 
@@ -116,9 +116,9 @@ void slow_update_snap(struct kv *kv, int32_t i)
     bool idle = s->node >= 0 && s->pins == 0 && s->host >= 0 && s->pos % CADENCE == 0;
     const struct kv_node *n = s->node >= 0 ? &kv->nodes[s->node] : NULL;
     if (kv->slow->disk.disk != NULL)
-        put_or_remove(&kv->snap_disk_heap, i, idle && s->disk == 0 && s->disk_new == 0 && (n->disk || n->disk_new), s->pos);
+        put_or_remove(&kv->snap_disk_heap, i, idle && !s->no_disk && s->disk == 0 && s->disk_new == 0 && (n->disk || n->disk_new), s->pos);
     if (kv->slow->store.store != NULL)
-        put_or_remove(&kv->snap_store_heap, i, idle && !s->store && !s->store_new && (n->store || n->store_new)
+        put_or_remove(&kv->snap_store_heap, i, idle && !s->no_store && !s->store && !s->store_new && (n->store || n->store_new)
                       && s->pos == n->start + kv->pt, s->pos);
 }
 
@@ -459,12 +459,17 @@ static void disk_lost(struct kv *kv, const struct kv_job *j)
     int32_t i = j->o.handle;
     if (i < 0)
         return;
-    if (j->o.kind == KV_DISK_PAGE && (uint32_t)i < kv->nodes_used && kv->nodes[i].disk == j->o.id)
+    if (j->o.kind == KV_DISK_PAGE && (uint32_t)i < kv->nodes_used && kv->nodes[i].disk == j->o.id) {
         kv->nodes[i].disk = 0;
-    else if (j->o.kind == KV_DISK_STATE && (uint32_t)i < kv->snaps_used && kv->snaps[i].disk == j->o.id)
+        kv->nodes[i].no_disk = 1;       /* or memory and disk would play ball with it */
+        slow_update_node(kv, i);
+    } else if (j->o.kind == KV_DISK_STATE && (uint32_t)i < kv->snaps_used && kv->snaps[i].disk == j->o.id) {
         kv->snaps[i].disk = 0;
-    else
+        kv->snaps[i].no_disk = 1;
+        slow_update_snap(kv, i);
+    } else {
         return;
+    }
     drop_if_lost(kv, j->o.kind, i);
 }
 
@@ -475,11 +480,13 @@ static void put_node_done(struct kv *kv, const struct kv_job *j, bool disk)
     if (disk && n->disk_new == j->o.id) {
         n->disk_new = 0;
         n->disk = j->result == 0 ? j->o.id : 0;
+        n->no_disk = j->result < 0;
     } else if (disk && j->result == 0) {
         forget_id(kv, j->o.id);
     } else if (!disk && n->store_new) {
         n->store_new = 0;
         n->store = j->result == 0;
+        n->no_store = j->result < 0;
     }
     page_unref(&kv->host_pages, j->host);
     tree_unpin(kv, j->o.handle);
@@ -495,9 +502,11 @@ static void put_snap_done(struct kv *kv, const struct kv_job *j, bool disk)
     if (disk && s->disk_new == j->o.id) {
         s->disk_new = 0;
         s->disk = j->result == 0 ? j->o.id : 0;
+        s->no_disk = j->result < 0;
     } else if (!disk && s->store_new) {
         s->store_new = 0;
         s->store = j->result == 0;
+        s->no_store = j->result < 0;
     }
     page_unref(&kv->host_states, j->host);
     snap_update(kv, j->o.handle);

@@ -128,6 +128,7 @@ int32_t snap_find(const struct kv *kv, int32_t node, uint32_t pos)
 void snap_used(struct kv *kv, int32_t i)
 {
     kv->snaps[i].hits++;
+    kv->snaps[i].no_disk = kv->snaps[i].no_store = 0;
     snap_touch(kv, i);
 }
 
