@@ -51,5 +51,6 @@ int bench_prefill(struct bench *b);
 int bench_agent(struct bench *b);
 int bench_tokenize(struct bench *b);
 int bench_ceiling(struct bench *b);
+int bench_serve(struct bench *b);
 
 #endif

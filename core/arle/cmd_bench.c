@@ -15,6 +15,7 @@ static const struct {
     { "ceiling", bench_ceiling, "1", "1", 1 },
     { "tokenize", bench_tokenize, "1", "1", 5 },
     { "agent", bench_agent, "1", "1", 1 },
+    { "serve", bench_serve, "1,16", "512", 2 },
 };
 
 /* "1,16,64" */
@@ -50,7 +51,7 @@ static int run_bench(const struct args *args)
     while (kind < n && (args->n_rest == 0 || strcmp(args->rest[0], kinds[kind].name) != 0))
         kind++;
     if (kind == n) {
-        fprintf(stderr, "arle bench: wants step, prefill, ceiling, tokenize or agent\n");
+        fprintf(stderr, "arle bench: wants step, prefill, ceiling, tokenize, agent or serve\n");
         return EXIT_USAGE;
     }
     if (!read_options(&b, kind))
@@ -75,10 +76,10 @@ static const struct option_row options[] = {
     { "backend", 0, "NAME", "Backend plugin; the default takes an accelerator where one works." },
     { "compute", 0, "TYPE", "f32 or bf16; the default is the device's own." },
     { "kv-dtype", 0, "TYPE", "Storage of keys and values: f32, bf16, int8, fp8, int4." },
-    { "batch", 'b', "LIST", "step: sequences at once, as 1,16,64." },
-    { "context", 'c', "LIST", "step: tokens before the measured steps; prefill: length of the prompt." },
+    { "batch", 'b', "LIST", "step: sequences at once, as 1,16,64; serve: connections at once." },
+    { "context", 'c', "LIST", "step: tokens before the measured steps; prefill and serve: length of the prompt." },
     { "chunk", 0, "N", "Tokens of one prefill step (512)." },
-    { "runs", 'n', "N", "Measured runs." },
+    { "runs", 'n', "N", "Measured runs; serve: requests per connection." },
     { "warmups", 0, "N", "Runs before that (3)." },
     { "file", 0, "FILE", "tokenize: the text; without it, made-up English." },
     { "sessions", 0, "N", "agent: conversations (4)." },
@@ -87,15 +88,18 @@ static const struct option_row options[] = {
     { "system", 0, "N", "agent: tokens of the shared system prompt (1000)." },
     { "message", 0, "N", "agent: tokens of each new message or tool result (100)." },
     { "answer", 0, "N", "agent: tokens of each answer (32)." },
+    { "output", 0, "N", "serve: tokens of each answer (128)." },
+    { "url", 0, "URL", "serve: a running server, http://ADDRESS:PORT, instead of one in this process; --model names what it serves." },
+    { "key", 0, "KEY", "serve: API key for --url." },
     { "cache", 0, "WHICH", "agent: prefix cache on, off or both (both)." },
     { NULL, 0, NULL, NULL },
 };
 
 const struct command cmd_bench = {
-    .name = "bench", .args = "step|prefill|ceiling|tokenize|agent", .max_args = 1,
+    .name = "bench", .args = "step|prefill|ceiling|tokenize|agent|serve", .max_args = 1,
     .summary = "Measures the engine on this machine, beside what the machine can do at best.",
     .help = "step times decode steps, prefill the time to the first token of a cold prompt, ceiling the memory bandwidth and the "
-            "matrix rate of the device, tokenize the tokenizer, and agent conversations of many turns with and without the prefix "
-            "cache. Times are in microseconds; of_ceiling compares with what was measured in the same run.",
+            "matrix rate of the device, tokenize the tokenizer, agent conversations of many turns with and without the prefix "
+            "cache, and serve the whole server under load over HTTP. Times are in microseconds; of_ceiling compares with what was measured in the same run.",
     .options = options, .run = run_bench,
 };

@@ -151,7 +151,8 @@ struct engine_stats {
     uint64_t steps, step_tokens, decode_rows, prefill_tokens, requests, finished, cancelled, rejected, errors, preempted;
     uint64_t graph_launches, graph_captures, ahead_steps;
     uint32_t running, waiting, parked;
-    uint64_t step_us_sum, plan_us_sum;
+    uint64_t step_us_sum;           /* time in which a step was in flight; overlap counts once */
+    uint64_t plan_us_sum;
     bool dead;
     char dead_reason[256];
     uint64_t completion_tokens, slow_steps, resumed, recomputed_tokens;

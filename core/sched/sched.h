@@ -194,6 +194,7 @@ struct engine {
     struct engine_stats pub;
     struct engine_hists pub_hists;
     int64_t device_us;                      /* of this turn: time inside backend and model calls, not the scheduler's own */
+    int64_t last_done_us;           /* when the step before was collected */
 };
 
 static inline int64_t engine_now(const struct engine *e)

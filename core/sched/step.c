@@ -166,9 +166,9 @@ int step_launch(struct engine *e, struct step *s)
 {
     struct arle_err err = ARLE_ERR_INIT;
     int64_t t0 = clock_mono_us();
+    s->launch_us = t0;          /* before enqueuing: on a device without its own thread that is where the work happens */
     int r = enqueue_all(e, s, &err);
-    s->launch_us = clock_mono_us();
-    e->device_us += s->launch_us - t0;
+    e->device_us += clock_mono_us() - t0;
     if (r < 0) {
         step_failed(e, s, r, &err);
         if (r == -EIO || (e->be->dead != NULL && e->be->dead(e->dev, &err) < 0))
@@ -198,10 +198,12 @@ int engine_wait_step(struct engine *e, struct step *s, struct arle_err *err)
     atomic_store_explicit(&e->step_started_us, s->launch_us, memory_order_relaxed);     /* read by the watchdog */
     int r = e->mem->event_sync(e->dev, s->done, err);
     atomic_store_explicit(&e->step_started_us, 0, memory_order_relaxed);
-    int64_t now = clock_mono_us(), us = now - s->launch_us;
+    /* A step launched ahead waits for the one before; that time is not its own. */
+    int64_t now = clock_mono_us(), us = now - (s->launch_us > e->last_done_us ? s->launch_us : e->last_done_us);
     e->device_us += now - t0;
     e->st.collect_us_sum += (uint64_t)(now - t0);
     e->st.step_us_sum += (uint64_t)us;
+    e->last_done_us = now;
     hist_add(&e->hists.step, us);
     e->st.slow_steps += us > e->cfg.watchdog_ms * 1000;
     if (s->n_prefill > 0 && s->n_prefill == s->n_tokens)

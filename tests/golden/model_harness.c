@@ -289,6 +289,7 @@ void harness_snapshot_free(struct harness_snapshot *snap)
 
 struct golden {
     struct json_object *root;
+    char *bytes;                        /* of golden.safetensors: tensors point into it */
     struct arle_weights *tensors;
     struct golden_case *cases;
     uint32_t n;
@@ -353,7 +354,8 @@ int golden_open(struct golden **out, const char *dir, struct arle_err *err)
         golden_close(g);
         return arle_err_set(err, -ENOENT, "no golden files in %s", dir);
     }
-    int r = weights_from_memory("golden.safetensors", bytes, len, &g->tensors, err);     /* bytes live until exit */
+    g->bytes = bytes;
+    int r = weights_from_memory("golden.safetensors", bytes, len, &g->tensors, err);
     if (r < 0) {
         golden_close(g);
         return r;
@@ -389,6 +391,7 @@ void golden_close(struct golden *g)
     free(g->cases);
     weights_close(g->tensors);
     json_object_put(g->root);
+    free(g->bytes);
     free(g);
 }
 
