@@ -11,7 +11,7 @@
 
 enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2, EXIT_ENGINE_DIED = 75 };
 
-extern const struct command cmd_chat, cmd_bench, cmd_doctor, cmd_help, cmd_plugins, cmd_run, cmd_serve, cmd_tokenize;
+extern const struct command cmd_chat, cmd_bench, cmd_doctor, cmd_help, cmd_kv, cmd_plugins, cmd_run, cmd_serve, cmd_tokenize;
 
 /** All commands in the order of `arle help`; ends with NULL. */
 extern const struct command *const commands[];

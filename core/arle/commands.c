@@ -10,6 +10,7 @@ const struct command *const commands[] = {
     &cmd_serve,
     &cmd_tokenize,
     &cmd_bench,
+    &cmd_kv,
     &cmd_plugins,
     &cmd_doctor,
     &cmd_help,

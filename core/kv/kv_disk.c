@@ -903,10 +903,15 @@ static int man_load(struct kv_disk *d, uint32_t num, struct arle_err *err)
 
 static int open_dir(struct kv_disk *d, const struct kv_disk_config *cfg, struct arle_err *err)
 {
-    uint8_t id[8];
+    uint8_t id[8] = { 0 };
     char path[4096];
-    kv_blake(id, sizeof id, cfg->identity, strlen(cfg->identity));
-    int n = snprintf(path, sizeof path, "%s/%02x%02x%02x%02x%02x%02x%02x%02x", cfg->dir, id[0], id[1], id[2], id[3], id[4], id[5], id[6], id[7]);
+    int n;
+    if (cfg->identity != NULL)
+        kv_blake(id, sizeof id, cfg->identity, strlen(cfg->identity));
+    if (cfg->identity == NULL)
+        n = snprintf(path, sizeof path, "%s", cfg->dir);
+    else
+        n = snprintf(path, sizeof path, "%s/%02x%02x%02x%02x%02x%02x%02x%02x", cfg->dir, id[0], id[1], id[2], id[3], id[4], id[5], id[6], id[7]);
     if (n < 0 || (size_t)n >= sizeof path)
         return arle_err_param(err, -EINVAL, "kv_disk_dir", "path too long");
     if (!cfg->read_only && ((mkdir(cfg->dir, 0700) < 0 && errno != EEXIST) || (mkdir(path, 0700) < 0 && errno != EEXIST)))
@@ -935,13 +940,13 @@ int kv_disk_open(struct kv_disk **out, const struct kv_disk_config *cfg, struct 
     d->fsync = cfg->fsync;
     d->read_only = cfg->read_only;
     d->seg_bytes = cfg->budget / 32 > (64u << 20) ? 64u << 20 : cfg->budget / 32;
-    d->identity = strdup(cfg->identity);
+    d->identity = cfg->identity != NULL ? strdup(cfg->identity) : NULL;
     d->table = calloc(BUCKETS, sizeof *d->table);
     d->chunk_table = malloc(BUCKETS * sizeof *d->chunk_table);
     d->buf = malloc(CHUNK_HEAD + KV_CHUNK_BYTES);
     int r = 0;
     uint32_t man = 0;
-    if (d->identity == NULL || d->table == NULL || d->chunk_table == NULL || d->buf == NULL)
+    if ((d->identity == NULL && (cfg->identity != NULL || !cfg->read_only)) || d->table == NULL || d->chunk_table == NULL || d->buf == NULL)
         r = arle_err_set(err, -ENOMEM, "no memory for the disk tier");
     else
         memset(d->chunk_table, 0xFF, BUCKETS * sizeof *d->chunk_table);

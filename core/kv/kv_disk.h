@@ -24,7 +24,7 @@ struct kv_disk;
 
 struct kv_disk_config {
     const char *dir;            /* made when missing; entries of one identity live in a folder of their own below it */
-    const char *identity;       /* stored in the manifest and compared as text */
+    const char *identity;       /* stored in the manifest and compared as text; NULL with read_only: any, and dir is its folder */
     uint64_t budget;            /* bytes of all files */
     uint32_t fsync;             /* enum kv_fsync */
     bool read_only;             /* for stat and verify: takes no lock, changes nothing */

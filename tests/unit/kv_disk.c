@@ -3,7 +3,7 @@
  * holds; the write amplification is what is claimed. KV_KILLS=1000 runs the long form of the kill test.
  */
 #include "tap.h"
-#include "kv/kv_disk.h"
+#include "kv/kv_admin.h"
 #include "kv/kv_hash.h"
 
 #include <dirent.h>
@@ -419,6 +419,37 @@ static void damage_case(int (*fn)(const char *, uint64_t), int rounds)
 static void flipped_bytes_are_never_served(void) { damage_case(flip, 60); }
 static void torn_files_are_never_served(void) { damage_case(tear, 30); }
 
+static void count_folder(void *arg, const struct kv_admin_folder *f)
+{
+    uint64_t *sum = arg;
+    sum[0] += f->st.objects;
+    sum[1] += f->bad;
+    EXPECT_STR(f->identity, "model A");
+}
+
+static void tools_see_what_is_there(void)
+{
+    uint64_t sum[2] = { 0 };
+    struct arle_err err = ARLE_ERR_INIT;
+    clear_dir();
+    EXPECT_EQ(kv_admin_each(dir, true, count_folder, sum, &err), -ENOENT);
+    struct kv_disk *d = open_it(8 << 20, "model A");
+    REQUIRE(d != NULL);
+    for (uint64_t id = 1; id <= 20; id++)
+        put(d, id, id % 6 == 1 ? 0 : id - 1);
+    EXPECT_EQ(kv_admin_each(dir, true, count_folder, sum, &err), 1);       /* beside the process that has it */
+    EXPECT_EQ(sum[0], 20);
+    EXPECT_EQ(sum[1], 0);
+    kv_disk_close(d);
+    char cmd[200];
+    snprintf(cmd, sizeof cmd, "for f in $(find '%s' -name '*.kvs'); do printf X | dd of=$f bs=1 seek=500 conv=notrunc 2>/dev/null; done", dir);
+    EXPECT_EQ(system(cmd), 0);
+    memset(sum, 0, sizeof sum);
+    EXPECT_EQ(kv_admin_each(dir, true, count_folder, sum, &err), 1);
+    EXPECT_EQ(sum[0], 20);
+    EXPECT(sum[1] > 0);
+}
+
 int main(void)
 {
     snprintf(dir, sizeof dir, "/tmp/arle-kv-disk-%d", (int)getpid());
@@ -430,6 +461,7 @@ int main(void)
     RUN(strictly_nothing_is_lost_to_kill);
     RUN(flipped_bytes_are_never_served);
     RUN(torn_files_are_never_served);
+    RUN(tools_see_what_is_there);
     clear_dir();
     return tap_done();
 }
