@@ -445,9 +445,7 @@ static void seg_finish(struct kv_disk *d)
     struct segment *s = &d->segs[d->cur];
     if (d->fsync != 1)
         fdatasync(s->fd);
-    d->cur = -1;
-    if (s->live == 0)
-        seg_unlink(d, s);
+    d->cur = -1;            /* it may look dead: chunks of an object that is not whole yet. reclaim() deletes what stays so */
 }
 
 /* Appends one chunk to the current segment; out says where. */

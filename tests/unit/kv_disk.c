@@ -195,6 +195,25 @@ static void budget_holds_and_little_is_written_twice(void)
     kv_disk_close(d);
 }
 
+/* Chunks of one object end up in several segments, of which the first hold nothing else. */
+static void objects_larger_than_a_segment(void)
+{
+    clear_dir();
+    struct kv_disk *d = open_it(2 << 20, "model A");        /* segments of 64 KiB */
+    REQUIRE(d != NULL);
+    for (uint64_t id = 1; id <= 9; id++)
+        EXPECT_EQ(put(d, id, 0), 0);
+    for (int round = 0; round < 2; round++) {
+        for (uint64_t id = 1; id <= 9; id++)
+            EXPECT_EQ(check(d, id), 0);
+        EXPECT_EQ(kv_disk_verify(d), 0);
+        kv_disk_close(d);
+        d = open_it(2 << 20, "model A");
+        REQUIRE(d != NULL);
+    }
+    kv_disk_close(d);
+}
+
 /* Most of what is there is removed here and there: the rest is copied together, and is still right. */
 static void compaction_keeps_what_lives(void)
 {
@@ -456,6 +475,7 @@ int main(void)
     RUN(comes_back_after_a_restart);
     RUN(only_one_process_and_one_identity);
     RUN(budget_holds_and_little_is_written_twice);
+    RUN(objects_larger_than_a_segment);
     RUN(compaction_keeps_what_lives);
     RUN(nothing_committed_is_lost_to_kill);
     RUN(strictly_nothing_is_lost_to_kill);
