@@ -26,6 +26,7 @@ struct kv_slow {
     uint8_t (*keys)[32];            /* cluster key of each node */
     int64_t store_shut_until, store_backoff;
     struct asked asked[PROBES]; uint32_t next_asked;
+    struct kv_disk_stats stats;     /* copied when results come back, so that a quiet step takes no lock */
 };
 
 /* ---- keys of the cluster ------------------------------------------------------------------------------------------------ */
@@ -605,12 +606,24 @@ static void job_done(struct kv *kv, struct kv_job *j, bool disk)
         (j->op == JOB_PUT ? put_snap_done : get_snap_done)(kv, j, disk);
 }
 
+static void copy_stats(struct kv_slow *sl)
+{
+    pthread_mutex_lock(&sl->disk.mu);
+    sl->stats = sl->disk.stats;
+    pthread_mutex_unlock(&sl->disk.mu);
+}
+
 bool slow_poll(struct kv *kv)
 {
     struct kv_job j;
     bool probed = false;
-    while (kv->slow->disk.disk != NULL && mover_take(&kv->slow->disk, &j))
+    bool news = false;
+    while (kv->slow->disk.disk != NULL && mover_take(&kv->slow->disk, &j)) {
         job_done(kv, &j, true);
+        news = true;
+    }
+    if (news)
+        copy_stats(kv->slow);
     while (kv->slow->store.store != NULL && mover_take(&kv->slow->store, &j)) {
         probed = probed || j.op == JOB_PROBE;
         job_done(kv, &j, false);
@@ -630,13 +643,10 @@ bool slow_idle(const struct kv *kv)
 
 void slow_stats(const struct kv *kv, struct kv_stats *st)
 {
-    struct kv_mover *m = &kv->slow->disk;
-    if (m->disk == NULL || pthread_mutex_trylock(&m->mu) != 0)
-        return;
-    st->disk_bytes = m->stats.file_bytes;
-    st->disk_user_bytes = m->stats.user_bytes;
-    st->disk_written_bytes = m->stats.written_bytes;
-    pthread_mutex_unlock(&m->mu);
+    const struct kv_disk_stats *d = &kv->slow->stats;
+    st->disk_bytes = d->file_bytes;
+    st->disk_user_bytes = d->user_bytes;
+    st->disk_written_bytes = d->written_bytes;
 }
 
 /* ---- life -------------------------------------------------------------------------------------------------------------------- */
@@ -719,6 +729,7 @@ static int open_disk(struct kv *kv, struct arle_err *err)
     free(l.ids);
     free(l.nodes);
     sl->next_id = kv_disk_max_id(sl->disk.disk) + 1;
+    kv_disk_stat(sl->disk.disk, &sl->stats);
     return mover_start(&sl->disk, err);
 }
 

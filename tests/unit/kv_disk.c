@@ -341,10 +341,11 @@ static void strictly_nothing_is_lost_to_kill(void)
         pid_t pid = fork();
         if (pid == 0) {
             struct kv_disk *d = open_it(1ull << 30, "model A");
-            for (uint64_t id = next; d != NULL; id++)
+            if (d == NULL)
+                _exit(3);
+            for (uint64_t id = next;; id++)
                 if (put(d, id, id == 1 || id % 9 == 0 || id == next ? 0 : id - 1) == 0 && write(fd[1], &id, 8) != 8)
                     _exit(4);
-            _exit(3);
         }
         close(fd[1]);
         nanosleep(&(struct timespec){ .tv_nsec = 500000 + (k * 7919 + 13) * 104729 % 15000000 }, NULL);
