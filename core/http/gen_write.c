@@ -215,6 +215,25 @@ static void put_drafts(struct sbuf *b, const struct choice *ch)
     sbuf_char(b, ']');
 }
 
+/* Cached tokens by tier, and why the least cached prompt was not reused further. */
+static void put_cache_detail(const struct gen *g, struct sbuf *b)
+{
+    uint64_t device = 0, host = 0, disk = 0, store = 0;
+    const struct request_usage *least = &g->subs[0].usage;
+    for (uint32_t i = 0; i < g->n_subs; i++) {
+        const struct request_usage *u = &g->subs[i].usage;
+        device += u->from_device;
+        host += u->from_host;
+        disk += u->from_disk;
+        store += u->from_store;
+        if (u->cached_tokens < least->cached_tokens)
+            least = u;
+    }
+    sbuf_fmt(b, ",\"device_tokens\":%llu,\"host_tokens\":%llu,\"disk_tokens\":%llu,\"store_tokens\":%llu,\"miss\":",
+             (unsigned long long)device, (unsigned long long)host, (unsigned long long)disk, (unsigned long long)store);
+    sbuf_json_cstr(b, least->miss != NULL ? least->miss : "");
+}
+
 static void put_usage(const struct gen *g, struct sbuf *b)
 {
     uint64_t prompt = 0, completion = 0, cached = 0, reasoning = 0;
@@ -226,9 +245,12 @@ static void put_usage(const struct gen *g, struct sbuf *b)
     for (uint32_t i = 0; i < g->n_choices; i++)
         reasoning += g->choices[i].n_reasoning;
     sbuf_fmt(b, "{\"prompt_tokens\":%llu,\"completion_tokens\":%llu,\"total_tokens\":%llu,"
-                "\"prompt_tokens_details\":{\"cached_tokens\":%llu}",
+                "\"prompt_tokens_details\":{\"cached_tokens\":%llu",
              (unsigned long long)prompt, (unsigned long long)completion, (unsigned long long)(prompt + completion),
              (unsigned long long)cached);
+    if (g->p.cache_detail)
+        put_cache_detail(g, b);
+    sbuf_char(b, '}');
     if (g->dialect == DIALECT_CHAT)
         sbuf_fmt(b, ",\"completion_tokens_details\":{\"reasoning_tokens\":%llu}", (unsigned long long)reasoning);
     sbuf_char(b, '}');

@@ -15,7 +15,7 @@
 #define COMMON_FIELDS \
     "model", "stream", "stream_options", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", \
     "repetition_penalty", "logit_bias", "seed", "max_tokens", "stop", "stop_token_ids", "n", "logprobs", "ignore_eos", "user", \
-    "priority", "cache_salt", "return_token_ids", "return_drafts", "skip_special_tokens", "return_tokens_as_token_ids"
+    "priority", "cache_salt", "include_cache_detail", "return_token_ids", "return_drafts", "skip_special_tokens", "return_tokens_as_token_ids"
 
 /* Read by the chat's own reader, or accepted because they change nothing here (second block). */
 static const char *const chat_fields[] = {
@@ -218,6 +218,7 @@ static int read_extensions(struct gen_params *p, struct json_object *body, struc
         (r = read_bool(body, "return_drafts", &p->return_drafts, err)) < 0 ||
         (r = read_bool(body, "return_tokens_as_token_ids", &p->tokens_as_ids, err)) < 0 ||
         (r = read_bool(body, "skip_special_tokens", &skip_special, err)) < 0 ||
+        (r = read_bool(body, "include_cache_detail", &p->cache_detail, err)) < 0 ||
         (r = read_i64(body, "priority", -1000000, 1000000, &priority, err)) < 0 ||
         (r = jfield_str(body, "", "cache_salt", &p->cache_salt, NULL, err)) < 0 ||
         (r = jfield_str(body, "", "user", &user, NULL, err)) < 0)

@@ -28,7 +28,7 @@ struct gen_params {
     struct stop_set *stops;             /* NULL: none */
     int32_t *stop_ids; uint32_t n_stop_ids;     /* the client's own */
     bool ignore_eos, stream, include_usage, echo, keep_special;
-    bool return_token_ids, return_drafts, tokens_as_ids;
+    bool return_token_ids, return_drafts, tokens_as_ids, cache_detail;
     bool parse_calls, use_tools;        /* tools were given and not forbidden; tools go into the prompt */
     int32_t priority;
     const char *cache_salt;             /* borrowed from the body; "" if none */

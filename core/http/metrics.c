@@ -95,6 +95,15 @@ static void put_status_counts(struct sbuf *b, struct http_server *srv)
     X("arle_kv_snapshots", "gauge", "State snapshots kept.", kv.snapshots) \
     X("arle_kv_snapshot_bytes", "gauge", "Bytes of state snapshots.", kv.snapshot_bytes) \
     X("arle_kv_pages_evicted_total", "counter", "Pages evicted.", kv.pages_evicted) \
+    X("arle_kv_snapshots_taken_total", "counter", "State snapshots taken.", kv.snapshots_taken) \
+    X("arle_kv_snapshots_evicted_total", "counter", "State snapshots evicted.", kv.snapshots_evicted) \
+    X("arle_kv_snapshots_restored_total", "counter", "State snapshots that a prompt went on from.", kv.snapshots_restored) \
+    X("arle_kv_parked_total", "counter", "Sequences moved away whole.", kv.parked) \
+    X("arle_kv_store_gets_total", "counter", "Objects asked of the cluster tier.", kv.store_gets) \
+    X("arle_kv_store_puts_total", "counter", "Objects given to the cluster tier.", kv.store_puts) \
+    X("arle_kv_store_errors_total", "counter", "Failed, late or damaged exchanges with the cluster tier.", kv.store_errors) \
+    X("arle_kv_disk_user_bytes_total", "counter", "Bytes given to the disk tier.", kv.disk_user_bytes) \
+    X("arle_kv_disk_written_bytes_total", "counter", "Bytes that the disk tier wrote for them.", kv.disk_written_bytes) \
     X("arle_kv_host_bytes", "gauge", "Bytes in the host tier.", kv.host_bytes) \
     X("arle_kv_disk_bytes", "gauge", "Bytes in the disk tier.", kv.disk_bytes)
 
@@ -113,6 +122,26 @@ static void put_engines(struct sbuf *b, struct http_server *srv)
     }
     ENGINE_ROWS(ROW)
 #undef ROW
+}
+
+/* Bytes moved between tiers: `demoted` into a tier below the device, `promoted` back out of it. */
+static void put_moves(struct sbuf *b, struct http_server *srv)
+{
+    static const char *const tiers[4] = { "device", "host", "disk", "store" };
+    for (int up = 0; up < 2; up++) {
+        const char *name = up ? "arle_kv_promoted_bytes_total" : "arle_kv_demoted_bytes_total";
+        put_head(b, name, "counter", up ? "Bytes promoted, by tier." : "Bytes demoted, by tier.");
+        for (size_t i = 0; i < srv->n_models; i++) {
+            struct kv_stats kv = { 0 };
+            engine_kv_stat(srv->models[i]->engine, &kv);
+            for (int t = 0; t < 4; t++) {
+                sbuf_fmt(b, "%s{model=", name);
+                sbuf_json_cstr(b, srv->models[i]->name);
+                sbuf_fmt(b, ",tier=\"%s\"} %llu\n", tiers[t],
+                         (unsigned long long)(up ? kv.promoted_bytes[t] : kv.demoted_bytes[t]));
+            }
+        }
+    }
 }
 
 static void put_buckets(struct sbuf *b, const char *name, const char *model, const struct hist *h)
@@ -167,6 +196,7 @@ enum MHD_Result handle_metrics(struct conn *cn)
     put_histogram(&b, "arle_request_seconds", "From the request's arrival to its end.", &srv->total);
     put_status_counts(&b, srv);
     put_engines(&b, srv);
+    put_moves(&b, srv);
     put_engine_hists(&b, srv);
     return reply_text(cn, 200, "text/plain; version=0.0.4; charset=utf-8", &b);
 }

@@ -167,6 +167,62 @@ def join_chunks(chunks):
     return out
 
 
+class Redis:
+    """A real redis-server of our own on a free port."""
+
+    def __init__(self, *options):
+        self.options = options
+        with socket.socket() as x:
+            x.bind(("127.0.0.1", 0))
+            self.port = x.getsockname()[1]
+        self.address = "127.0.0.1:%d" % self.port
+        self.dir = tempfile.TemporaryDirectory(prefix="arle-redis-")
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.dir.name,
+                                         "--save", "", "--appendonly", "no", *self.options], stdout=subprocess.DEVNULL)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            try:
+                if self.ask("PING") == b"PONG":
+                    return
+            except OSError:
+                time.sleep(0.02)
+        raise RuntimeError("redis-server did not start")
+
+    def ask(self, *words):
+        """One command; the reply's payload, or a list of payloads."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as s:
+            words = [w if isinstance(w, bytes) else str(w).encode() for w in words]
+            s.sendall(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in words))
+            with s.makefile("rb") as f:
+                return self._reply(f)
+
+    def _reply(self, f):
+        line = f.readline()[:-2]
+        kind, rest = line[:1], line[1:]
+        if kind == b"$":
+            return f.read(int(rest) + 2)[:-2] if int(rest) >= 0 else None
+        if kind == b"*":
+            return [self._reply(f) for _ in range(int(rest))]
+        if kind == b"-":
+            raise RuntimeError(rest.decode())
+        return rest
+
+    def stop(self, sig=signal.SIGKILL):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(sig)
+            self.process.wait(20)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *a):
+        self.stop()
+
+
 # ---- TAP
 
 _count = _failed = 0
