@@ -181,7 +181,7 @@ struct engine {
     _Atomic uint64_t rejected;
     _Atomic int64_t mean_request_us;        /* moving average, for Retry-After */
     _Atomic bool draining, cut, closing, is_dead;
-    _Atomic int64_t step_started_us;        /* 0 when no step is waited for */
+    _Atomic int64_t step_started_us;        /* 0 when no step is enqueued or waited for */
     pthread_t thread, watch_thread;
     bool thread_on, watch_on;
     pthread_mutex_t watch_mu; pthread_cond_t watch_cv;     /* watch_mu guards watch_stop */

@@ -165,10 +165,12 @@ static void step_failed(struct engine *e, struct step *s, int r, const struct ar
 int step_launch(struct engine *e, struct step *s)
 {
     struct arle_err err = ARLE_ERR_INIT;
-    int64_t t0 = clock_mono_us();
-    s->launch_us = t0;          /* before enqueuing: on a device without its own thread that is where the work happens */
+    /* From before the first call: a backend without a queue of its own does all the work in there. */
+    s->launch_us = clock_mono_us();
+    atomic_store_explicit(&e->step_started_us, s->launch_us, memory_order_relaxed);     /* read by the watchdog */
     int r = enqueue_all(e, s, &err);
-    e->device_us += clock_mono_us() - t0;
+    atomic_store_explicit(&e->step_started_us, 0, memory_order_relaxed);
+    e->device_us += clock_mono_us() - s->launch_us;
     if (r < 0) {
         step_failed(e, s, r, &err);
         if (r == -EIO || (e->be->dead != NULL && e->be->dead(e->dev, &err) < 0))
