@@ -119,7 +119,7 @@ struct kernels {
     /* x *= scale / sqrt(sum x^2 + eps) */
     void (*l2norm)(int64_t n, float eps, float scale, float *x);
     void (*gdn)(const struct gdn_slice *s);
-    /* out = round(round(o) * rho * w * silu(z)) */
+    /* out = round(o * rho * w * silu(z)) */
     void (*gated_norm)(int64_t n, const float *o, const void *z, const float *w, float eps, void *out, uint32_t dtype);
     float (*max)(int64_t n, const float *x);
     /* sum of exp((x - m) * inv_t), each block of 4096 summed on its own and added in order */

@@ -216,15 +216,11 @@ static void FAST(to_f32)(const void *x, uint32_t dtype, int64_t n, float *out)
         put16(out, ARLE_F32, i, n - i, get16(x, dtype, i, n - i));
 }
 
-static INLINE float sum_squares(const void *x, uint32_t dtype, int64_t n, bool rounded)
+static INLINE float sum_squares(const void *x, uint32_t dtype, int64_t n)
 {
     vf s0 = vf_zero(), s1 = vf_zero();
     for (int64_t i = 0; i < n; i += 32) {
         vf a = get16(x, dtype, i, n - i), b = i + 16 < n ? get16(x, dtype, i + 16, n - i - 16) : vf_zero();
-        if (rounded) {
-            a = vf_round_bf16(a);
-            b = vf_round_bf16(b);
-        }
         s0 = vf_fma(a, a, s0);
         s1 = vf_fma(b, b, s1);
     }
@@ -233,7 +229,7 @@ static INLINE float sum_squares(const void *x, uint32_t dtype, int64_t n, bool r
 
 static void FAST(rmsnorm)(const void *x, int64_t n, float eps, float w_offset, const float *w, void *out, uint32_t dtype)
 {
-    vf rho = vf_set1(1.0f / sqrtf(sum_squares(x, dtype, n, false) / (float)n + eps)), off = vf_set1(w_offset);
+    vf rho = vf_set1(1.0f / sqrtf(sum_squares(x, dtype, n) / (float)n + eps)), off = vf_set1(w_offset);
     for (int64_t i = 0; i < n; i += 16)
         put16(out, dtype, i, n - i, vf_mul(vf_mul(get16(x, dtype, i, n - i), rho), vf_add(off, get16(w, ARLE_F32, i, n - i))));
 }
@@ -254,16 +250,16 @@ static float FAST(dot)(int64_t n, const float *a, const float *b)
 
 static void FAST(l2norm)(int64_t n, float eps, float scale, float *x)
 {
-    vf f = vf_set1(scale / sqrtf(sum_squares(x, ARLE_F32, n, false) + eps));
+    vf f = vf_set1(scale / sqrtf(sum_squares(x, ARLE_F32, n) + eps));
     for (int64_t i = 0; i < n; i += 16)
         put16(x, ARLE_F32, i, n - i, vf_mul(get16(x, ARLE_F32, i, n - i), f));
 }
 
 static void FAST(gated_norm)(int64_t n, const float *o, const void *z, const float *w, float eps, void *out, uint32_t dtype)
 {
-    vf rho = vf_set1(1.0f / sqrtf(sum_squares(o, ARLE_F32, n, dtype == ARLE_BF16) / (float)n + eps));
+    vf rho = vf_set1(1.0f / sqrtf(sum_squares(o, ARLE_F32, n) / (float)n + eps));
     for (int64_t i = 0; i < n; i += 16) {
-        vf v = vf_mul(vf_mul(round_act(dtype, get16(o, ARLE_F32, i, n - i)), rho), get16(w, ARLE_F32, i, n - i));
+        vf v = vf_mul(vf_mul(get16(o, ARLE_F32, i, n - i), rho), get16(w, ARLE_F32, i, n - i));
         put16(out, dtype, i, n - i, vf_mul(v, vf_silu(get16(z, dtype, i, n - i))));
     }
 }

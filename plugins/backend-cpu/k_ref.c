@@ -200,10 +200,10 @@ static void ref_gated_norm(int64_t n, const float *o, const void *z, const float
 {
     float sum = 0;
     for (int64_t i = 0; i < n; i++)
-        sum += act_round(dtype, o[i]) * act_round(dtype, o[i]);
+        sum += o[i] * o[i];
     float rho = 1.0f / sqrtf(sum / (float)n + eps);
     for (int64_t i = 0; i < n; i++)
-        act_set(out, dtype, i, act_round(dtype, o[i]) * rho * w[i] * silu_f32(act_get(z, dtype, i)));
+        act_set(out, dtype, i, o[i] * rho * w[i] * silu_f32(act_get(z, dtype, i)));
 }
 
 static float ref_max(int64_t n, const float *x)

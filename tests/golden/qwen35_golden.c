@@ -17,12 +17,15 @@ static struct harness_options base(int model, uint32_t compute)
 
 struct bounds { double logit, nll, margin; bool argmax; };
 
+static const char *extra_set;       /* configuration of the cases that want another than the default */
+
 static void golden(int model, uint32_t compute, const struct bounds *b)
 {
     struct arle_err err = ARLE_ERR_INIT;
     struct harness *h = NULL;
     struct golden *g = NULL;
     struct harness_options o = base(model, compute);
+    o.sets[0] = extra_set;
     if (golden_open(&g, dirs[model], &err) < 0 || harness_open(&h, &o, &err) < 0) {
         TAP_FAIL("%s: %s", models[model], err.msg);
         return;
@@ -61,6 +64,16 @@ static void tiny_f32(void) { golden(0, ARLE_F32, &f32); }
 static void micro_f32(void) { golden(1, ARLE_F32, &f32); }
 static void moe_f32(void) { golden(2, ARLE_F32, &f32); }
 static void tiny_bf16(void) { golden(0, ARLE_BF16, &bf16); }
+/* Instruction sets add in other orders and round in other places; none may drift. Those that the machine lacks fall back. */
+static void tiny_bf16_on_other_kernels(void)
+{
+    static const char *const isa[] = { "backend-cpu.isa=reference", "backend-cpu.isa=avx2", "backend-cpu.isa=avx512" };
+    for (size_t i = 0; i < sizeof isa / sizeof isa[0]; i++) {
+        extra_set = isa[i];
+        golden(0, ARLE_BF16, &bf16);
+    }
+    extra_set = NULL;
+}
 static void micro_bf16(void) { golden(1, ARLE_BF16, &bf16); }
 static void moe_bf16(void) { golden(2, ARLE_BF16, &bf16); }
 
@@ -227,7 +240,7 @@ static void one_thread_or_two(void)
 static void quantised_kv_stays_close(void)
 {
     static const struct { uint32_t dtype; const char *name; double nll; } forms[] = {
-        { ARLE_I8, "int8", 0.02 }, { ARLE_F8E4M3, "fp8", 0.05 }, { ARLE_I4G, "4-bit", 0.15 },
+        { ARLE_I8, "int8", 0.002 }, { ARLE_F8E4M3, "fp8", 0.01 }, { ARLE_I4G, "4-bit", 0.05 },
     };
     struct arle_err err = ARLE_ERR_INIT;
     struct golden *g;
@@ -236,7 +249,7 @@ static void quantised_kv_stays_close(void)
         struct harness_options o = base(0, ARLE_F32);
         struct harness *h;
         struct golden_result r;
-        double worst = 0;
+        double worst = 0, sum = 0;
         o.kv_dtype = forms[i].dtype;
         if (harness_open(&h, &o, &err) < 0) {
             TAP_FAIL("%s: %s", forms[i].name, err.msg);
@@ -246,10 +259,13 @@ static void quantised_kv_stays_close(void)
         for (uint32_t k = 0; k < golden_count(g); k++) {
             EXPECT(golden_run(h, golden_at(g, k), 512, 1e9, false, &r, &err) == 0);
             worst = fmax(worst, r.nll_diff);
+            sum += r.nll_diff;
+            printf("#   %-16s %.5f\n", golden_at(g, k)->name, r.nll_diff);
         }
-        printf("# KV %s: worst mean NLL difference %.1e\n", forms[i].name, worst);
-        EXPECT(worst <= forms[i].nll);
-        EXPECT(worst > 0);
+        printf("# KV %s: mean NLL difference %.5f over %u prompts, worst %.5f\n", forms[i].name, sum / golden_count(g), golden_count(g), worst);
+        EXPECT(sum / golden_count(g) <= forms[i].nll);
+        EXPECT(worst <= 4 * forms[i].nll);      /* one short prompt of text unlike the training data moves most */
+        EXPECT(sum > 0);
         harness_close(h);
     }
     golden_close(g);
@@ -345,6 +361,7 @@ int main(int argc, char **argv)
     CASE(micro_f32);
     CASE(moe_f32);
     CASE(tiny_bf16);
+    CASE(tiny_bf16_on_other_kernels);
     CASE(micro_bf16);
     CASE(moe_bf16);
     CASE(same_bits_tiny_f32);

@@ -172,7 +172,7 @@ struct arle_attn_paged_args {
  *   beta = sigmoid(b); g = -exp(A_log) softplus(a + dt_bias)                                               f32
  *   q = q / sqrt(sum q^2 + 1e-6) / sqrt(dk), k = k / sqrt(sum k^2 + 1e-6); v head h uses k head h / (n_v / n_k)
  *   S = e^g S; d = beta (v - S^T k); S += k d^T; o = S^T q                    S [n_v][dk][dv] f32, in token order
- *   out[t,h] = round( o rho norm_w silu(z) ), rho = 1/sqrt(mean o^2 + eps)  (o rounded to act before the norm for bf16)
+ *   out[t,h] = round( o rho norm_w silu(z) ), rho = 1/sqrt(mean o^2 + eps)  (o stays f32: one rounding)
  * State record of the layer: conv part [3][n_conv] act (oldest first; n_conv = 2 n_k dk + n_v dv), then S at s_state.
  * A sequence whose first position is 0 finds its record zeroed.
  */
