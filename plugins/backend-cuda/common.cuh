@@ -201,8 +201,8 @@ static __device__ __forceinline__ float2 unpack2(uint32_t v)
     return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
 }
 static __device__ __forceinline__ float round_bf(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
-static __device__ __forceinline__ float sigmoidf(float x) { return 1.f / (1.f + __expf(-x)); }
-static __device__ __forceinline__ float siluf(float x) { return x / (1.f + __expf(-x)); }
+static __device__ __forceinline__ float sigmoidf(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+static __device__ __forceinline__ float siluf(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
 static __device__ __forceinline__ float warp_sum(float v)
 {

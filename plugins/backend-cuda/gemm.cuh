@@ -109,6 +109,78 @@ static __device__ __forceinline__ gemm_tile gemm_locate(const gemm_args &a, int 
     return g;
 }
 
+template <bool GROUPED>
+static __device__ __forceinline__ int64_t gemm_row(const gemm_args &a, int t) { return GROUPED && a.dst != NULL ? a.dst[t] : t; }
+
+/* Any output: lane holds rows r and r + 8 of W for tokens 2 (lane & 3) and the next. */
+template <class S, bool GROUPED>
+static __device__ __forceinline__ void gemm_store(const gemm_args &a, const gemm_tile &g, const float (&acc)[S::MT][S::NW][4], int wm, int wn,
+                                                  int lane)
+{
+#pragma unroll
+    for (int n = 0; n < S::NW; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int t = g.t0 + (wn * S::NW + n) * 8 + (lane & 3) * 2 + e;
+            if (t >= g.t_end)
+                continue;
+            int64_t d = gemm_row<GROUPED>(a, t);
+#pragma unroll
+            for (int m = 0; m < S::MT; m++) {
+                int r = g.m0 + (wm * S::MT + m) * 16 + (lane >> 2);
+                if (r < a.n)
+                    gemm_put(a, d, r, acc[m][n][e]);
+                if (r + 8 < a.n)
+                    gemm_put(a, d, r + 8, acc[m][n][2 + e]);
+            }
+        }
+}
+
+static __device__ __forceinline__ uint32_t gemm_transpose(uint32_t v)
+{
+    uint32_t r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+
+/* bf16 results: 8 x 8 pieces are turned in registers, so that a lane stores two neighbours of one token. */
+template <class S, bool GROUPED>
+static __device__ __forceinline__ void gemm_store_bf16(const gemm_args &a, const gemm_tile &g, const float (&acc)[S::MT][S::NW][4], int wm,
+                                                       int wn, int lane)
+{
+#pragma unroll
+    for (int n = 0; n < S::NW; n++) {
+        const int t = g.t0 + (wn * S::NW + n) * 8 + (lane >> 2), c = (lane & 3) * 2;
+        const bool ok = t < g.t_end;
+        bf16 *row = (bf16 *)a.y + (ok ? gemm_row<GROUPED>(a, t) * a.ld_y : 0);
+        float scale[2] = { 1.f, 1.f };
+        if (GROUPED && a.scale != NULL)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                int te = g.t0 + (wn * S::NW + n) * 8 + c + e;
+                scale[e] = te < g.t_end ? a.scale[a.pair[te]] : 0.f;
+            }
+#pragma unroll
+        for (int m = 0; m < S::MT; m++) {
+            const float *v = acc[m][n];
+            const int r = g.m0 + (wm * S::MT + m) * 16;
+            if (a.out == GEMM_SILU) {
+                uint32_t o = gemm_transpose(pack2(silu_limited(v[0], v[2], a.limit) * scale[0], silu_limited(v[1], v[3], a.limit) * scale[1]));
+                if (ok && r / 2 + c < a.n_out)
+                    row[r / 2 + c] = __ushort_as_bfloat16((unsigned short)o);
+                if (ok && r / 2 + c + 1 < a.n_out)
+                    row[r / 2 + c + 1] = __ushort_as_bfloat16((unsigned short)(o >> 16));
+            } else {
+                uint32_t lo = gemm_transpose(pack2(v[0], v[1])), hi = gemm_transpose(pack2(v[2], v[3]));
+                if (ok && r < a.n)
+                    *(uint32_t *)(row + r + c) = lo;
+                if (ok && r + 8 < a.n)
+                    *(uint32_t *)(row + r + 8 + c) = hi;
+            }
+        }
+    }
+}
+
 template <int NT, bool GROUPED>
 static __global__ void __launch_bounds__(256, 2) gemm_stream_kernel(const gemm_args a)
 {
@@ -335,32 +407,10 @@ static __global__ void __launch_bounds__(256, 2) gemm_stream_kernel(const gemm_a
         }
         if (mine) {
             const gemm_tile g = gemm_locate<NT, GROUPED>(a, tile, m_tiles);
-#pragma unroll
-            for (int m = 0; m < S::MT; m++) {
-                int r = (wm * S::MT + m) * 16 + (lane >> 2);
-#pragma unroll
-                for (int n = 0; n < S::NW; n++)
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        int t = g.t0 + (wn * S::NW + n) * 8 + (lane & 3) * 2 + e;
-                        if (t >= g.t_end)
-                            continue;
-                        int64_t d = GROUPED && a.dst != NULL ? a.dst[t] : t;
-                        if (a.out == GEMM_SILU) {
-                            int o = (g.m0 + (wm * S::MT + m) * 16) / 2 + (lane >> 2);
-                            float v = silu_limited(acc[m][n][e], acc[m][n][2 + e], a.limit);
-                            if (GROUPED && a.scale != NULL)
-                                v *= a.scale[a.pair[t]];
-                            if (o < a.n_out)
-                                ((bf16 *)a.y)[d * a.ld_y + o] = __float2bfloat16_rn(v);
-                        } else {
-                            if (g.m0 + r < a.n)
-                                gemm_put(a, d, g.m0 + r, acc[m][n][e]);
-                            if (g.m0 + r + 8 < a.n)
-                                gemm_put(a, d, g.m0 + r + 8, acc[m][n][2 + e]);
-                        }
-                    }
-            }
+            if (a.out == GEMM_SILU || (a.out == GEMM_BF16 && (a.n & 7) == 0 && (a.ld_y & 1) == 0))
+                gemm_store_bf16<S, GROUPED>(a, g, acc, wm, wn, lane);
+            else
+                gemm_store<S, GROUPED>(a, g, acc, wm, wn, lane);
         }
 #pragma unroll
         for (int m = 0; m < S::MT; m++)

@@ -376,10 +376,12 @@ __global__ void __launch_bounds__(kDecWarps * 32) decode_kernel(const attn_args 
     }
 }
 
-/* Joins the splits of one (sequence, query head): always in split order. 64 threads, four values each. */
-__global__ void __launch_bounds__(64) combine_kernel(const attn_args a)
+/* Joins the splits of one (sequence, query head). Quarter q of the block takes splits q, q + 4, ...: always the same order. */
+__global__ void __launch_bounds__(256) combine_kernel(const attn_args a)
 {
-    const int h = blockIdx.x, s = blockIdx.y, kvh = h / a.group, r = h % a.group;
+    __shared__ float4 part[4][64];
+    __shared__ float part_l[4];
+    const int h = blockIdx.x, s = blockIdx.y, kvh = h / a.group, r = h % a.group, quarter = threadIdx.x >> 6;
     pdl_launch();
     const int t = a.cu[a.seq0 + s];
     const span sp = span_of(a, a.pos[t] + a.pos_shift, 0);
@@ -392,9 +394,9 @@ __global__ void __launch_bounds__(64) combine_kernel(const attn_args a)
     m = warp_max(m);
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
     float l = 0.f;
-    const int d = threadIdx.x * 4;
+    const int d = (threadIdx.x & 63) * 4;
 #pragma unroll 8
-    for (int z = 0; z < sp.valid; z++) {
+    for (int z = quarter; z < sp.valid; z += 4) {
         const float *w = work_of(a, s, kvh, z);
         float f = exp2f(w[a.group * kHead + 2 * r] - m);
         float4 v = *(const float4 *)(w + r * kHead + d);
@@ -403,6 +405,21 @@ __global__ void __launch_bounds__(64) combine_kernel(const attn_args a)
         sum.z += f * v.z;
         sum.w += f * v.w;
         l += f * w[a.group * kHead + 2 * r + 1];
+    }
+    part[quarter][threadIdx.x & 63] = sum;
+    if ((threadIdx.x & 63) == 0)
+        part_l[quarter] = l;
+    __syncthreads();
+    if (quarter > 0)
+        return;
+    l = part_l[0] + part_l[1] + part_l[2] + part_l[3];
+#pragma unroll
+    for (int q = 1; q < 4; q++) {
+        float4 v = part[q][threadIdx.x];
+        sum.x += v.x;
+        sum.y += v.y;
+        sum.z += v.z;
+        sum.w += v.w;
     }
     float inv = 1.f / l;
     store_gated(a, t, h, d, make_float4(sum.x * inv, sum.y * inv, sum.z * inv, sum.w * inv));
@@ -587,7 +604,7 @@ int run_decode(arle_device *dev, cudaStream_t st, attn_args a, int n_rows, int m
         bump(dev, COUNT_ATTN_DECODE);
         int r = launch(dev, st, decode_kernel<QUANT>, dim3(a.n_splits, a.n_kv, rows), dim3(kDecWarps * 32), kDecSmem, b);
         if (r == 0 && a.n_splits > 1)
-            r = launch(dev, st, combine_kernel, dim3(a.n_q, rows), dim3(64), 0, b);
+            r = launch(dev, st, combine_kernel, dim3(a.n_q, rows), dim3(256), 0, b);
         if (r < 0)
             return r;
     }

@@ -126,20 +126,23 @@ __global__ void __launch_bounds__(256, 2) step_kernel(const gdn_args a)
         const int h = item % a.n_v, s = a.seq0 + item / a.n_v, kh = h / a.ratio;
         float *S = s_state(a, s, h);
         const int t0 = a.cu[s], n = a.cu[s + 1] - t0;
-        float4 st[16];
-        cp_wait<0>();
-#pragma unroll
-        for (int j = 0; j < 16; j++)
-            st[j] = *(const float4 *)(next_s + (warp * 16 + j) * kDim + lane * 4);
-        fetch(item + gridDim.x);
-        if (n == 0)
+        if (n == 0) {
+            cp_wait<0>();
+            fetch(item + gridDim.x);
             continue;
+        }
 
         bf16 *rec = conv_state(a, s);
         const int i = tid & 127;
         const bool is_v = tid >= 128;
         const int c1 = is_v ? 2 * a.n_k * kDim + h * kDim + i : kh * kDim + i, c2 = a.n_k * kDim + kh * kDim + i;
         tap p1 = tap_load(a, rec, c1), p2 = tap_load(a, rec, c2);
+        float4 st[16];
+        cp_wait<0>();
+#pragma unroll
+        for (int j = 0; j < 16; j++)
+            st[j] = *(const float4 *)(next_s + (warp * 16 + j) * kDim + lane * 4);
+        fetch(item + gridDim.x);
 
         for (int t = t0; t < t0 + n; t++) {
             const bf16 *row = a.proj + (int64_t)t * a.ld_proj;
@@ -161,6 +164,13 @@ __global__ void __launch_bounds__(256, 2) step_kernel(const gdn_args a)
                 sv[i] = y1;
             }
             __syncthreads();
+            if (t == t0 && tid == 0) {
+                /* Value heads that share a key head read its convolution state; this one has. The last moves it on, below. */
+                unsigned *ticket = a.tickets + (s - a.seq0) * a.n_k + kh;
+                sh_last = atomicAdd(ticket, 1u) == (unsigned)(a.ratio - 1);
+                if (sh_last)
+                    *ticket = 0;
+            }
             float rq = rsqrtf(sums[0][0] + sums[0][1] + sums[0][2] + sums[0][3] + 1e-6f) * 0.08838834764831845f;
             float rk = rsqrtf(sums[1][0] + sums[1][1] + sums[1][2] + sums[1][3] + 1e-6f);
             float kq = (sums[2][0] + sums[2][1] + sums[2][2] + sums[2][3]) * rq * rk;
@@ -227,22 +237,13 @@ __global__ void __launch_bounds__(256, 2) step_kernel(const gdn_args a)
         for (int j = 0; j < 16; j++)
             *(float4 *)(S + (warp * 16 + j) * kDim + lane * 4) = st[j];
 
-        /* Value heads that share a key head have all read its convolution state; the last of them to come here moves it on. */
         if (is_v)
             tap_store(a, rec, c1, p1);
-        __syncthreads();
-        if (tid == 0) {
-            unsigned *ticket = a.tickets + (s - a.seq0) * a.n_k + kh;
-            __threadfence();
-            sh_last = atomicAdd(ticket, 1u) == (unsigned)(a.ratio - 1);
-            if (sh_last)
-                *ticket = 0;
-        }
-        __syncthreads();
         if (sh_last && !is_v) {
             tap_store(a, rec, c1, p1);
             tap_store(a, rec, c2, p2);
         }
+        __syncthreads();        /* sh_last and the vectors are written again for the next pair */
     }
     cp_wait<0>();
 }
@@ -634,16 +635,26 @@ __device__ __forceinline__ void scan_load(const gdn_args &a, uint32_t dst, int64
     const int kh = h / a.ratio;
     const bf16 *w = a.w + (id * a.n_v + h) * kChunk * kDim, *p = a.p + (id * a.n_v + h) * kChunk * kChunk;
     const float *d = a.decay + (id * a.n_v + h) * 2 * kChunk;
-    for (int i = tid; i < kChunk * 16; i += kScanWarps * 32) {
-        int r = i >> 4, c = i & 15;
-        bool ok = r < n;
-        const bf16 *row = a.qkv + (int64_t)(t - a.tok0 + (ok ? r : 0)) * a.n_conv + c * 8;
-        cp16(dst + at128(r, c), w + r * kDim + c * 8, true);
-        cp16(dst + kTile + at128(r, c), row + kh * kDim, ok);
-        cp16(dst + 2 * kTile + at128(r, c), row + (a.n_k + kh) * kDim, ok);
+    /* Counted by copies and not by position, so that the loop unrolls and addresses are two adds apart. */
+    const int c = tid & 15, r0 = tid >> 4;
+    const bf16 *row = a.qkv + (int64_t)(t - a.tok0 + r0) * a.n_conv + c * 8;
+    const bf16 *q = row + kh * kDim, *k = row + (a.n_k + kh) * kDim;
+    w += r0 * kDim + c * 8;
+#pragma unroll
+    for (int j = 0; j < kChunk / (kScanWarps * 2); j++) {
+        const int r = r0 + j * kScanWarps * 2;
+        const uint32_t to = dst + at128(r, c);
+        const bool ok = r < n;
+        const int64_t step = ok ? (int64_t)j * kScanWarps * 2 * a.n_conv : 0;
+        cp16(to, w + j * kScanWarps * 2 * kDim, true);
+        cp16(to + kTile, ok ? q + step : a.qkv, ok);
+        cp16(to + 2 * kTile, ok ? k + step : a.qkv, ok);
     }
-    for (int i = tid; i < kChunk * 8; i += kScanWarps * 32)
+#pragma unroll
+    for (int j = 0; j < kChunk / (kScanWarps * 4); j++) {
+        const int i = tid + j * kScanWarps * 32;
         cp16(dst + 3 * kTile + at64(i >> 3, i & 7), p + i * 8, true);
+    }
     for (int i = tid; i < 2 * kChunk / 4; i += kScanWarps * 32)
         cp16(dst + 3 * kTile + kChunk * kChunk * 2 + i * 16, d + i * 4, true);
 }

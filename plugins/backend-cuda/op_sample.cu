@@ -12,9 +12,11 @@ namespace {
 typedef unsigned long long u64;
 
 const int kSlices = 32, kThreads = 1024, kBuckets = 4096, kList = 16384;
+const int kNearPer = 512;               /* ids of one slice that are kept for the draw */
+const float kNear = 8.f;                /* nats below the best within which they are kept */
 const float kPerNat = 128.f;            /* buckets per nat; the last takes everything below e^-32 of the best */
 
-struct part { float max, sum, edited_max; int id, edited_id; };
+struct part { float max, sum, edited_max; int id, edited_id, near; u64 mass, near_mass; };
 
 struct sample_dev {
     arle_sample_args a;
@@ -23,6 +25,7 @@ struct sample_dev {
     float *edited;              /* [rows][vocab] or NULL */
     unsigned *seen;             /* [rows][vocab]: occurrences in the output << 1 | occurs at all */
     u64 *list;                  /* [rows][kList] */
+    u64 *near;                  /* [rows][kSlices][kNearPer]: keys near the best one, in order of their ids */
 };
 
 __device__ __forceinline__ bool has_penalty(const arle_sample_row &r)
@@ -204,6 +207,84 @@ __device__ __forceinline__ int bucket_of(float x, float top, float inv_t)
     return d < (float)(kBuckets - 1) ? (int)d : kBuckets - 1;
 }
 
+/* ---- what is near the best ------------------------------------------------------------------------------------------- */
+
+/* Per slice: mass of all ids at the row's temperature, and the keys within kNear nats of the best, in order of their ids. */
+__global__ void __launch_bounds__(256) gather_kernel(const sample_dev s)
+{
+    __shared__ u64 sh[2][8];
+    __shared__ int warps[2][8];
+    const int r = blockIdx.y, n = (int)s.a.n_valid, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int from = (int)((int64_t)n * blockIdx.x / kSlices), to = (int)((int64_t)n * (blockIdx.x + 1) / kSlices);
+    pdl_launch();
+    pdl_wait();
+    const arle_sample_row &row = s.a.rows[s.row0 + r];
+    if (!(row.temperature > 1e-6f))
+        return;
+    const float top = warp_max(s.parts[r * kSlices + lane].edited_max), inv_t = 1.f / row.temperature;
+    const float *x = row_of(s, r);
+    u64 *near = s.near + ((int64_t)r * kSlices + blockIdx.x) * kNearPer, mass = 0, near_mass = 0;
+    int count = 0, turn = 0;
+    for (int base = from; base < to; base += 1024, turn ^= 1) {
+        /* Four neighbours per thread, so that the order of ids is that of threads. */
+        float v[4];
+        int mine = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int i = base + (int)threadIdx.x * 4 + j;
+            v[j] = i < to ? x[i] : -INFINITY;
+            u64 w = mass_of(v[j], top, inv_t);
+            bool is_near = (top - v[j]) * inv_t < kNear;
+            mass += w;
+            near_mass += is_near ? w : 0;
+            mine += is_near;
+        }
+        int scan = mine;
+#pragma unroll
+        for (int o = 1; o < 32; o <<= 1) {
+            int up = __shfl_up_sync(0xffffffffu, scan, o);
+            scan += lane >= o ? up : 0;
+        }
+        if (lane == 31)
+            warps[turn][warp] = scan;
+        __syncthreads();
+        int at = count + scan - mine;
+        for (int w = 0; w < 8; w++) {
+            at += w < warp ? warps[turn][w] : 0;
+            count += warps[turn][w];
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if ((top - v[j]) * inv_t < kNear) {
+                if (at < kNearPer)
+                    near[at] = key_of(v[j], base + (int)threadIdx.x * 4 + j);
+                at++;
+            }
+        }
+    }
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) {
+        mass += __shfl_xor_sync(0xffffffffu, mass, o);
+        near_mass += __shfl_xor_sync(0xffffffffu, near_mass, o);
+    }
+    if (lane == 0) {
+        sh[0][warp] = mass;
+        sh[1][warp] = near_mass;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        part *p = &s.parts[r * kSlices + blockIdx.x];
+        u64 m0 = 0, m1 = 0;
+        for (int w = 0; w < 8; w++) {
+            m0 += sh[0][w];
+            m1 += sh[1][w];
+        }
+        p->mass = m0;
+        p->near_mass = m1;
+        p->near = count;
+    }
+}
+
 struct select_mem {
     u64 mass[kBuckets];
     unsigned count[kBuckets];
@@ -284,7 +365,8 @@ __device__ void clear_bins(select_mem *m, int bins)
  * Key of the last of the best `most` ids, or of the last one needed to reach mass `goal`, whichever comes first, among ids whose
  * key is at least `from`. One histogram over the row, then the bucket of the border is narrowed byte by byte of the key.
  */
-__device__ u64 cut(const float *x, int n, float top, float inv_t, u64 from, u64 most, u64 goal, u64 *list, select_mem *m)
+template <class Src>
+__device__ u64 cut(const Src &src, int n, float top, float inv_t, u64 from, u64 most, u64 goal, u64 *list, select_mem *m)
 {
     clear_bins(m, kBuckets);
     if (threadIdx.x == 0) {
@@ -293,8 +375,9 @@ __device__ u64 cut(const float *x, int n, float top, float inv_t, u64 from, u64 
     }
     __syncthreads();
     for (int i = threadIdx.x; i < n; i += kThreads) {
-        float v = x[i];
-        if (key_of(v, i) >= from) {
+        u64 k = src(i);
+        if (k >= from) {
+            float v = logit_of(k);
             int b = bucket_of(v, top, inv_t);
             atomicAdd(&m->count[b], 1u);
             atomicAdd(&m->mass[b], mass_of(v, top, inv_t));
@@ -307,9 +390,8 @@ __device__ u64 cut(const float *x, int n, float top, float inv_t, u64 from, u64 
     const bool fits = m->count[bucket] <= kList;
     if (fits) {
         for (int i = threadIdx.x; i < n; i += kThreads) {
-            float v = x[i];
-            u64 k = key_of(v, i);
-            if (k >= from && bucket_of(v, top, inv_t) == bucket)
+            u64 k = src(i);
+            if (k >= from && bucket_of(logit_of(k), top, inv_t) == bucket)
                 list[atomicAdd(&m->n_list, 1)] = k;
         }
     }
@@ -319,8 +401,8 @@ __device__ u64 cut(const float *x, int n, float top, float inv_t, u64 from, u64 
     for (int shift = 56; shift >= 0; shift -= 8) {
         clear_bins(m, 256);
         for (int i = threadIdx.x; i < n_list; i += kThreads) {
-            u64 k = fits ? list[i] : key_of(x[i], i);
-            if (!fits && (k < from || bucket_of(x[i], top, inv_t) != bucket))
+            u64 k = fits ? list[i] : src(i);
+            if (!fits && (k < from || bucket_of(logit_of(k), top, inv_t) != bucket))
                 continue;
             if (shift == 56 || (k >> (shift + 8)) == prefix) {
                 int d = (int)(k >> shift) & 255;
@@ -368,15 +450,32 @@ __device__ unsigned uniform24(u64 seed, u64 counter)
     return c0 >> 8;
 }
 
-/* Warps own contiguous pieces of the row: their masses say which warp holds the answer, which then walks its piece. */
-__device__ int walk(const float *x, int n, float top, float inv_t, u64 from, unsigned u24, u64 *sh, int *sh_id)
+/* What is walked over: keys by index, in order of their ids; 0 where there is none. */
+struct from_row {
+    const float *x;
+    int first;
+    __device__ u64 operator()(int i) const { return key_of(x[first + i], first + i); }
+};
+
+struct from_near {
+    const u64 *keys;
+    const part *parts;
+    __device__ u64 operator()(int i) const { return i % kNearPer < parts[i / kNearPer].near ? keys[i] : 0; }
+};
+
+/* Warps own contiguous pieces: their masses say which warp holds the answer, which then walks its piece. goal: ~0 takes u24 of
+ * the total. */
+template <class Src>
+__device__ int walk(const Src &src, int n, float top, float inv_t, u64 from, unsigned u24, u64 goal, u64 *sh, int *sh_id)
 {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, per = ((n + 31) / 32 + 31) & ~31;
     const int i0 = warp * per, i1 = min(i0 + per, n);
     u64 mass = 0;
-    for (int i = i0 + lane; i < i1; i += 32)
-        if (key_of(x[i], i) >= from)
-            mass += mass_of(x[i], top, inv_t);
+    for (int i = i0 + lane; i < i1; i += 32) {
+        u64 k = src(i);
+        if (k >= from)
+            mass += mass_of(logit_of(k), top, inv_t);
+    }
 #pragma unroll
     for (int o = 16; o > 0; o >>= 1)
         mass += __shfl_xor_sync(0xffffffffu, mass, o);
@@ -391,11 +490,13 @@ __device__ int walk(const float *x, int n, float top, float inv_t, u64 from, uns
         before += w < warp ? sh[w] : 0;
         total += sh[w];
     }
-    const u64 goal = __umul64hi((u64)u24 << 40, total);
+    if (goal == ~0ull)
+        goal = __umul64hi((u64)u24 << 40, total);
     if (goal >= before && goal < before + mass) {
         u64 sum = before;
         for (int i = i0 + lane; i - lane < i1; i += 32) {
-            u64 v = i < i1 && key_of(x[i], i) >= from ? mass_of(x[i], top, inv_t) : 0, scan = v;
+            u64 k = i < i1 ? src(i) : 0;
+            u64 v = i < i1 && k >= from ? mass_of(logit_of(k), top, inv_t) : 0, scan = v;
 #pragma unroll
             for (int o = 1; o < 32; o <<= 1) {
                 u64 up = __shfl_up_sync(0xffffffffu, scan, o);
@@ -404,7 +505,7 @@ __device__ int walk(const float *x, int n, float top, float inv_t, u64 from, uns
             unsigned votes = __ballot_sync(0xffffffffu, sum + scan > goal);
             if (votes != 0) {
                 if (lane == __ffs(votes) - 1)
-                    *sh_id = i;
+                    *sh_id = (int)~(unsigned)k;
                 break;
             }
             sum += __shfl_sync(0xffffffffu, scan, 31);
@@ -414,32 +515,71 @@ __device__ int walk(const float *x, int n, float top, float inv_t, u64 from, uns
     return *sh_id;
 }
 
-__device__ int draw(const arle_sample_row &row, const float *x, int n, float top, u64 *list, select_mem *m, u64 *sh, int *sh_id)
+template <class Src>
+__device__ u64 mass_from(const Src &src, int n, float top, float inv_t, u64 from, u64 *sh)
+{
+    u64 mass = 0;
+    for (int i = threadIdx.x; i < n; i += kThreads) {
+        u64 k = src(i);
+        if (k >= from)
+            mass += mass_of(logit_of(k), top, inv_t);
+    }
+    return block_sum64(mass, sh);
+}
+
+/* all: mass of every id, or 0 when src holds them all. */
+template <class Src>
+__device__ int draw(const arle_sample_row &row, const Src &src, int n, int n_ids, u64 all, float top, u64 *list, select_mem *m, u64 *sh,
+                    int *sh_id)
 {
     const float inv_t = 1.f / row.temperature;
-    const bool by_k = row.top_k > 0 && row.top_k < n, by_p = row.top_p < 1.f && row.top_p > 0.f;
+    const bool by_k = row.top_k > 0 && row.top_k < n_ids, by_p = row.top_p < 1.f && row.top_p > 0.f;
     u64 from = key_of(-3.402823466e38f, 0x7fffffff);
     if (by_k)
-        from = cut(x, n, top, inv_t, from, (u64)row.top_k, ~0ull, list, m);
+        from = cut(src, n, top, inv_t, from, (u64)row.top_k, ~0ull, list, m);
     if (by_p) {
-        u64 mass = 0;
-        for (int i = threadIdx.x; i < n; i += kThreads)
-            if (key_of(x[i], i) >= from)
-                mass += mass_of(x[i], top, inv_t);
-        mass = block_sum64(mass, sh);
-        u64 goal = (u64)((double)row.top_p * (double)mass);
-        from = cut(x, n, top, inv_t, from, ~0ull, goal, list, m);
+        u64 mass = !by_k && all != 0 ? all : mass_from(src, n, top, inv_t, from, sh);
+        from = cut(src, n, top, inv_t, from, ~0ull, (u64)((double)row.top_p * (double)mass), list, m);
     }
     if (row.min_p > 0.f) {
         u64 least = key_of(top + row.temperature * logf(row.min_p), 0) & ~0xffffffffull;
         from = least > from ? least : from;
     }
-    return walk(x, n, top, inv_t, from, uniform24(row.seed, row.counter), sh, sh_id);
+    return walk(src, n, top, inv_t, from, uniform24(row.seed, row.counter), ~0ull, sh, sh_id);
+}
+
+/* The same draw from what gather_kernel found, where that provably holds every id that can be drawn. -2: it does not. */
+__device__ int draw_near(const sample_dev &s, int r, const arle_sample_row &row, const float *x, float top, u64 *list, select_mem *m,
+                         u64 *sh, int *sh_id)
+{
+    const part *p = s.parts + r * kSlices;
+    const int n = (int)s.a.n_valid;
+    u64 all = 0, near_mass = 0;
+    int near = 0, most = 0;
+    for (int i = 0; i < kSlices; i++) {
+        all += p[i].mass;
+        near_mass += p[i].near_mass;
+        near += p[i].near;
+        most = max(most, p[i].near);
+    }
+    const bool by_k = row.top_k > 0 && row.top_k < n, by_p = row.top_p < 1.f && row.top_p > 0.f;
+    if (!by_k && !by_p && !(row.min_p > 0.f)) {
+        u64 goal = __umul64hi((u64)uniform24(row.seed, row.counter) << 40, all);
+        int i = 0;
+        for (; i < kSlices - 1 && goal >= p[i].mass; i++)
+            goal -= p[i].mass;
+        const int from = (int)((int64_t)n * i / kSlices), to = (int)((int64_t)n * (i + 1) / kSlices);
+        return walk(from_row{ x, from }, to - from, top, 1.f / row.temperature, key_of(-3.402823466e38f, 0x7fffffff), 0, goal, sh, sh_id);
+    }
+    if (most > kNearPer || (by_k && near < row.top_k) || (by_p && !by_k && (double)near_mass < (double)row.top_p * (double)all)
+        || (!by_k && !by_p && row.min_p < 1e-3f))
+        return -2;
+    return draw(row, from_near{ s.near + (int64_t)r * kSlices * kNearPer, p }, kSlices * kNearPer, n, all, top, list, m, sh, sh_id);
 }
 
 __device__ void report_top(const sample_dev &s, int r, const float *x, int n, int n_top, float top, float lse, u64 *list, select_mem *m)
 {
-    u64 from = cut(x, n, top, 1.f, 0, (u64)n_top, ~0ull, list, m);
+    u64 from = cut(from_row{ x, 0 }, n, top, 1.f, 0, (u64)n_top, ~0ull, list, m);
     if (threadIdx.x == 0)
         m->n_list = 0;
     __syncthreads();
@@ -488,7 +628,9 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(const sample_dev s)
     select_mem *m = (select_mem *)sample_smem;
     u64 *list = s.list + (int64_t)r * kList;
     if (s.a.any_draw && row.temperature > 1e-6f && row.top_k != 1 && isfinite(top)) {
-        int drawn = draw(row, row_of(s, r), n, top, list, m, sh, &sh_id);
+        int drawn = draw_near(s, r, row, row_of(s, r), top, list, m, sh, &sh_id);
+        if (drawn == -2)
+            drawn = draw(row, from_row{ row_of(s, r), 0 }, n, n, 0, top, list, m, sh, &sh_id);
         id = drawn >= 0 ? drawn : id;
     }
     if (s.a.any_top && row.n_top > 0)
@@ -511,7 +653,7 @@ extern "C" int cuda_sample(struct arle_device *dev, struct arle_stream *st, cons
         return 0;
     if (a->n_valid == 0 || a->n_valid > a->vocab)
         return -EINVAL;
-    const size_t per_row = kSlices * sizeof(part) + kList * sizeof(u64) + (a->any_edit ? (size_t)a->vocab * 8 : 0);
+    const size_t per_row = kSlices * sizeof(part) + (kList + kSlices * kNearPer) * sizeof(u64) + (a->any_edit ? (size_t)a->vocab * 8 : 0);
     size_t fit = dev->sample_work_bytes / per_row;
     if (fit == 0)
         return -EINVAL;
@@ -521,6 +663,8 @@ extern "C" int cuda_sample(struct arle_device *dev, struct arle_stream *st, cons
     char *work = (char *)dev->sample_work;
     s.list = (u64 *)work;
     work += (size_t)at_once * kList * sizeof(u64);
+    s.near = (u64 *)work;
+    work += (size_t)at_once * kSlices * kNearPer * sizeof(u64);
     if (a->any_edit) {
         s.edited = (float *)work;
         s.seen = (unsigned *)(s.edited + (size_t)at_once * a->vocab);
@@ -541,6 +685,8 @@ extern "C" int cuda_sample(struct arle_device *dev, struct arle_stream *st, cons
         }
         if (r == 0)
             r = launch(dev, cs(st), stats_kernel, dim3(kSlices, rows), dim3(256), 0, s);
+        if (r == 0 && a->any_draw)
+            r = launch(dev, cs(st), gather_kernel, dim3(kSlices, rows), dim3(256), 0, s);
         if (r == 0)
             r = launch(dev, cs(st), choose_kernel, dim3(rows), dim3(kThreads), sizeof(select_mem), s);
         if (r < 0)

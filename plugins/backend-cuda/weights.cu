@@ -142,7 +142,7 @@ struct convert_args {
     int64_t scale_ld;
     float scale2;
     uint64_t seed;
-    float mean, half_width;
+    double mean, std;
     int to_f32;
 };
 
@@ -165,19 +165,21 @@ __device__ __forceinline__ float scalar_at(const void *p, uint32_t dtype, int64_
     }
 }
 
-__device__ __forceinline__ float random_at(uint64_t seed, uint64_t i, float mean, float half_width)
+/* Value i of the random stream of <arle/backend.h>, rounded to the tensor's own type. */
+__device__ __forceinline__ float random_at(uint64_t seed, uint64_t i, double mean, double std, uint32_t dtype)
 {
-    uint64_t z = seed + i * 0x9E3779B97F4A7C15ull;
+    uint64_t z = seed + (i + 1) * 0x9E3779B97F4A7C15ull;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
     z ^= z >> 31;
-    return mean + half_width * ((float)(uint32_t)(z >> 40) * (2.f / 16777216.f) - 1.f);
+    float v = (float)(mean + std * 1.7320508075688772 * (2 * ((double)(z >> 40) * (1.0 / 16777216.0)) - 1));
+    return dtype == ARLE_BF16 ? round_bf(v) : dtype == ARLE_F16 ? __half2float(__float2half_rn(v)) : v;
 }
 
 __device__ float value_at(const convert_args &a, int64_t r, int64_t c)
 {
     if (a.src == NULL)
-        return random_at(a.seed, (uint64_t)((a.row0 + r) * a.k + c), a.mean, a.half_width);
+        return random_at(a.seed, (uint64_t)((a.row0 + r) * a.k + c), a.mean, a.std, a.dtype);
     int64_t i = r * a.k + c;
     if (a.format == ARLE_FMT_FP8_BLOCK)
         return e4m3(((const uint8_t *)a.src)[i]) * scalar_at(a.scale, a.scale_dtype, (a.row0 + r) / a.bn * a.scale_ld + c / a.bk);
@@ -246,8 +248,8 @@ int convert_part(arle_device *dev, cuda_loader *ld, const arle_weight_part *p, i
     a.bk = p->bk;
     a.scale2 = p->scale2;
     a.seed = p->t->rand_seed;
-    a.mean = (float)p->t->rand_mean;
-    a.half_width = (float)(p->t->rand_std * 1.7320508);
+    a.mean = p->t->rand_mean;
+    a.std = p->t->rand_std;
     a.to_f32 = to_f32;
     void *raw = NULL, *scale = NULL;
     cudaError_t e = cudaSuccess;

@@ -117,6 +117,21 @@ static void *random_f32(int64_t n, float scale)
     return d;
 }
 
+/* Bell-shaped with a deviation of 3, as logits are. */
+static void *bell_f32(int64_t n)
+{
+    static uint64_t seed = 6;
+    float *x = malloc((size_t)n * 4);
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = 0;
+        for (int j = 0; j < 12; j++)
+            x[i] += ops_random(&seed) * 1.5f;
+    }
+    void *d = ops_put(&b, x, (size_t)n * 4);
+    free(x);
+    return d;
+}
+
 /* ---- products ---------------------------------------------------------------------------------------------------------------- */
 
 enum { LAYERS = 6 };
@@ -362,7 +377,7 @@ static void bench_sample(int rows, bool draw)
     for (int i = 0; i < rows; i++)
         r[i] = (struct arle_sample_row) { .top_p = draw ? 0.9f : 1, .top_k = draw ? 50 : 0, .temperature = draw ? 0.7f : 0, .repetition = 1, .target = -1,
                                           .seed = 3, .counter = (uint64_t)i };
-    smp = (struct arle_sample_args) { .n_rows = (uint32_t)rows, .vocab = V, .n_valid = 248077, .logits = random_f32((int64_t)rows * V, 8), .ld = V,
+    smp = (struct arle_sample_args) { .n_rows = (uint32_t)rows, .vocab = V, .n_valid = 248077, .logits = bell_f32((int64_t)rows * V), .ld = V,
         .rows = ops_put(&b, r, (size_t)rows * sizeof *r), .ids = ops_alloc(&b, 4096), .logprob = ops_alloc(&b, 4096),
         .target_logprob = ops_alloc(&b, 4096), .top_ids = ops_alloc(&b, 65536), .top_logprobs = ops_alloc(&b, 65536),
         .top_logits = ops_alloc(&b, 4096), .any_draw = draw };

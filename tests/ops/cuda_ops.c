@@ -26,7 +26,8 @@ static int open_cuda(struct ops_backend *b, const char *const *conf)
     return r;
 }
 
-/* Shapes that this backend refuses with -EINVAL: K or width not a multiple of 8, heads other than 256 and 128, f32 caches. */
+/* Shapes that this backend refuses with -EINVAL: K or width not a multiple of 8, heads other than 256 and 128, f32 caches,
+ * simulated quantisation of activations. */
 static const char *const refused[] = {
     "embed f32, odd width", "rmsnorm gathered, odd width", "rmsnorm in place", "linear 1 row, odd K and N",
     "linear 2 rows, f32 weight", "linear 4 rows", "linear 6 rows", "linear 11 rows", "linear 13 rows, f32 weight",
@@ -35,7 +36,7 @@ static const char *const refused[] = {
     "attention odd heads, interleaved", "attention 5 heads on 1, no norms", "attention window", "attention window across splits",
     "attention shifted, first 1", "attention int8", "attention int8, odd width", "attention 4-bit, 64 wide", "gdn seven tokens",
     "gdn decode", "gdn mixed", "gdn odd widths", "gdn extreme gates", "moe_experts 19 tokens, shared",
-    "moe_experts weight first, limit",
+    "moe_experts weight first, limit", "embed random f32", "linear quantised, 1 row", "linear quantised, 9 rows", "moe_route example",
 };
 
 static bool is_refused(const char *name)
