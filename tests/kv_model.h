@@ -166,8 +166,10 @@ static inline int fm_open(struct fm *fm, const uint8_t *salt, const int32_t *tok
     int r;
     for (int i = 0; i < 20000; i++) {
         r = kv_seq_open(fm->kv, salt, tokens, n, s, hit, &fm->err);
-        if (r != -EINPROGRESS && (r != -EAGAIN || i > 60))     /* no room may be for the moment: copies hold pages */
+        if (r != -EINPROGRESS && (r != -EAGAIN || i > 61))
             return r;
+        if (r == -EAGAIN && i >= 60)            /* no room may be for the moment: moves hold pages */
+            kv_settle(fm->kv, 2000);
         kv_poll(fm->kv);
         kv_step_end(fm->kv);
         fake_pump(&fm->dev, 8);

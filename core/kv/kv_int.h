@@ -274,12 +274,16 @@ int move_poll(struct kv *kv);
 uint32_t move_path(struct kv *kv, int32_t node);
 /** True when all that m needs is on the device. */
 bool move_here(const struct kv *kv, const struct kv_match *m);
+/** True when m is being fetched already: what is left of the way no longer says whether it was worth it. */
+bool move_pending(const struct kv *kv, const struct kv_match *m);
 /** Whether fetching everything that `m` needs and is not on the device costs less time than computing `tokens` tokens. */
 bool move_worth(const struct kv *kv, const struct kv_match *m, uint32_t tokens);
 /** 0: all of m is on the device now; -EINPROGRESS: on its way; -EAGAIN: no room or too many at once. */
 int move_fetch(struct kv *kv, const struct kv_match *m);
 /** An open took it (or will not): the promotion of this node ends. */
 void move_fetched(struct kv *kv, int32_t node);
+/** Lets go of everything that was fetched for prompts which have not been opened yet. */
+void move_end_promos(struct kv *kv);
 /** True when nothing is under way. */
 bool move_idle(const struct kv *kv);
 int32_t host_page_get(struct kv *kv);       /* a host slot, evicting lesser copies; -1: none */

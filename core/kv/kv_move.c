@@ -383,6 +383,14 @@ bool move_here(const struct kv *kv, const struct kv_match *m)
     return all_here(kv, m->node, m->snap);
 }
 
+bool move_pending(const struct kv *kv, const struct kv_match *m)
+{
+    for (int i = 0; i < N_PROMOS && kv->n_promos > 0; i++)
+        if (kv->promo[i].node == m->node && kv->promo[i].snap == m->snap)
+            return true;
+    return false;
+}
+
 bool move_worth(const struct kv *kv, const struct kv_match *m, uint32_t tokens)
 {
     double fetch_s = 50e-6, rate = kv->prefill_tokens_s > 0 ? kv->prefill_tokens_s : 1000;
@@ -486,6 +494,13 @@ static bool promo_lost(struct kv *kv, struct kv_promo *p)
     if (lost >= 0 && kv->nodes[lost].users == 0)
         tree_remove(kv, lost);
     return true;
+}
+
+void move_end_promos(struct kv *kv)
+{
+    for (int i = 0; i < N_PROMOS; i++)
+        if (kv->promo[i].node >= 0)
+            promo_end(kv, &kv->promo[i]);
 }
 
 /* Returns 1 when it has just become ready, or ended: the prompt can be opened now with what there is. */
@@ -594,5 +609,7 @@ bool move_idle(const struct kv *kv)
     for (int i = 0; i < N_PROMOS; i++)
         if (kv->promo[i].node >= 0 && !kv->promo[i].ready)
             return false;
-    return kv->in_flight == 0 && kv->n_moving == 0 && (kv->slow == NULL || slow_idle(kv));
+    bool more = kv->copy != NULL
+                && ((kv->host_pages.n_free > 0 && pages_should_go(kv)) || (kv->host_states.n_free > 0 && states_should_go(kv)));
+    return !more && kv->in_flight == 0 && kv->n_moving == 0 && (kv->slow == NULL || slow_idle(kv));
 }

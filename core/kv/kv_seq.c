@@ -174,7 +174,7 @@ static int bring_up(struct kv *kv, const int32_t *tokens, uint32_t n, struct att
     tree_match(kv, a->root, tokens, n, n - 1, true, &here);
     if (!move_here(kv, &here))
         here.pos = 0;
-    int r = move_worth(kv, &a->m, a->m.pos - here.pos) ? move_fetch(kv, &a->m) : -EAGAIN;
+    int r = move_pending(kv, &a->m) || move_worth(kv, &a->m, a->m.pos - here.pos) ? move_fetch(kv, &a->m) : -EAGAIN;
     if (r == -EINPROGRESS)
         return r;
     if (r < 0) {
@@ -563,6 +563,7 @@ void kv_step_end(struct kv *kv)
 
 void kv_flush(struct kv *kv)
 {
+    move_end_promos(kv);
     /* From the leaves up, again and again: what a leaf leaves behind becomes one. */
     for (bool any = true; any;) {
         any = false;

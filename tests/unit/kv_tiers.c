@@ -161,6 +161,7 @@ static void clear_dir(void)
 static struct kv_config disk_config(void)
 {
     struct kv_config cfg = base_config();
+    cfg.n_pages = 160;
     cfg.disk_dir = dir;
     cfg.disk_bytes = 64 << 20;
     cfg.disk_fsync = KV_FSYNC_NEVER;
@@ -335,6 +336,7 @@ static void store_reset(void)
 static struct kv_config store_config(void)
 {
     struct kv_config cfg = base_config();
+    cfg.n_pages = 160;              /* a fetch may find room whatever else is being moved */
     cfg.store = &fake_store_api;
     cfg.store_min_bytes_s = 1;
     return cfg;
