@@ -182,7 +182,7 @@ static int parse_root(struct json_object *root, struct ds_config *c, struct arle
         { "q_lora_rank", 1, 1u << 16, &c->Q }, { "o_groups", 1, 64, &c->G }, { "o_lora_rank", 1, 1u << 16, &c->R },
         { "sliding_window", 1, 1u << 16, &c->W }, { "index_n_heads", 1, 1024, &c->index_heads },
         { "index_head_dim", 2, 1024, &c->index_dim }, { "index_topk", 1, 1u << 16, &c->topk }, { "hc_mult", 1, 8, &c->S },
-        { "hc_sinkhorn_iters", 1, 1000, &c->iters }, { "n_routed_experts", 1, 65536, &c->E },
+        { "hc_sinkhorn_iters", 1, 1000, &c->iters }, { "n_routed_experts", 1, 4096, &c->E },
         { "num_experts_per_tok", 1, 64, &c->K }, { "moe_intermediate_size", 1, 1u << 17, &c->I },
         { "max_position_embeddings", 1, 1u << 24, &c->context } };
     double f[4];
