@@ -3,7 +3,7 @@
  * A file is read with inih; `--set SECTION.KEY=VALUE` comes on top of it. Everything is checked when it is opened, with
  * file, line, field and the nearest known name; only [plugin NAME] sections wait for the registry, which knows their keys.
  *
- * A section is named as in the file: "server", "model qwen35-tiny", "plugin backend-cpu".
+ * A section is named as in the file: "server", "model small", "plugin backend-cpu".
  * Thread: an open configuration is constant and may be read by any thread. Strings live as long as it does.
  */
 #ifndef CORE_CONFIG_CONFIG_H
