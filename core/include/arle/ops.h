@@ -278,7 +278,7 @@ struct arle_sample_args {
 
 /*
  * ---- compressed, windowed and indexed attention; hyper-connections --------------------------------------------------
- * These ops serve decoders with several residual streams and one latent key/value vector per token (arXiv:2606.19348,
+ * These ops serve decoders with several residual streams and one latent key/value vector per token (see
  * arXiv:2606.19348). A model without them never calls them; a backend may leave them NULL.
  */
 
