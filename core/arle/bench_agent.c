@@ -7,6 +7,7 @@
 #include "util/clock.h"
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #define MAX_TURNS 64
@@ -16,9 +17,11 @@ struct session {
     int32_t *tokens; uint32_t n;
     uint32_t marks[MAX_TURNS + 2], n_marks;
     uint32_t turn;
+    int64_t cpu_us;             /* the process's processor time when the turn began */
+    bool begun;                 /* its first token came */
 };
 struct plan { uint32_t sessions, turns, system, message, answer, at_once; };
-struct turn_sum { double *ttft; uint32_t n; uint64_t prompt, cached, out; };
+struct turn_sum { double *ttft, *cpu; uint32_t n, n_cpu; uint64_t prompt, cached, out; };
 
 static bool read_plan(const struct bench *b, struct plan *p)
 {
@@ -29,6 +32,13 @@ static bool read_plan(const struct bench *b, struct plan *p)
         return false;
     *p = (struct plan){ (uint32_t)sessions, (uint32_t)turns, (uint32_t)sys, (uint32_t)message, (uint32_t)answer, (uint32_t)at_once };
     return true;
+}
+
+static int64_t cpu_now_us(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
 static bool start_turn(struct engine *e, const struct plan *p, struct session *s, uint32_t index)
@@ -42,6 +52,8 @@ static bool start_turn(struct engine *e, const struct plan *p, struct session *s
     s->marks[s->n_marks++] = s->n;      /* end of the system prompt, then of each answer */
     bench_prompt(s->tokens + s->n, p->message, index * 1000003ull + s->turn + 11, n_valid);
     s->n += p->message;
+    s->begun = false;
+    s->cpu_us = cpu_now_us();
     s->rq = bench_submit(e, s->tokens, s->n, p->answer, s->marks, s->n_marks);
     return s->rq != NULL;
 }
@@ -51,13 +63,18 @@ static bool end_turn(const struct plan *p, struct session *s, struct turn_sum *s
 {
     struct token_event ev;
     int r;
-    while ((r = request_next(s->rq, &ev)) == 1)
-        if (ev.kind == EV_TOKEN)
-            s->tokens[s->n++] = ev.id;
+    sum = &sum[s->turn];
+    while ((r = request_next(s->rq, &ev)) == 1) {
+        if (ev.kind != EV_TOKEN)
+            continue;
+        if (!s->begun)
+            sum->cpu[sum->n_cpu++] = (double)(cpu_now_us() - s->cpu_us);
+        s->begun = true;
+        s->tokens[s->n++] = ev.id;
+    }
     struct request_usage u;
     if (r != -EPIPE || !request_usage(s->rq, &u))
         return false;
-    sum = &sum[s->turn];
     sum->ttft[sum->n++] = (double)u.first_token_us;
     sum->prompt += u.prompt_tokens;
     sum->cached += u.cached_tokens;
@@ -97,6 +114,12 @@ static int converse(struct engine *e, const struct plan *p, struct session *all,
     return 0;
 }
 
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
 static void report(struct bench *b, const struct plan *p, const char *cache, const char *pass, uint32_t turn, struct turn_sum *s)
 {
     json_object *o = bench_line(b, "agent");
@@ -109,6 +132,11 @@ static void report(struct bench *b, const struct plan *p, const char *cache, con
     bench_add(o, "cached_tokens", s->n ? (double)s->cached / s->n : 0);
     bench_add(o, "hit_rate", s->prompt ? (double)s->cached / (double)s->prompt : 0);
     bench_times(o, s->ttft, s->n);
+    /* Does not depend on what else the machine does; says something about a turn only when turns run one after the other. */
+    if (p->at_once == 1 && s->n_cpu > 0) {
+        qsort(s->cpu, s->n_cpu, sizeof *s->cpu, by_value);
+        bench_add(o, "median_cpu_us", s->cpu[s->n_cpu / 2]);
+    }
     bench_print(b, o);
 }
 
@@ -142,12 +170,14 @@ static void report_pass(struct bench *b, const struct plan *p, const char *cache
 static int run_pass(struct bench *b, const struct plan *p, bool prefix, const char *pass, struct engine *e, struct session *all)
 {
     struct turn_sum sum[MAX_TURNS] = { { 0 } };
-    double *times = calloc((size_t)p->turns * p->sessions, sizeof *times);
+    double *times = calloc((size_t)p->turns * p->sessions * 2, sizeof *times);
     struct kv_stats was;
     if (times == NULL)
         return EXIT_FAILED;
-    for (uint32_t t = 0; t < p->turns; t++)
-        sum[t].ttft = times + (size_t)t * p->sessions;
+    for (uint32_t t = 0; t < p->turns; t++) {
+        sum[t].ttft = times + (size_t)t * 2 * p->sessions;
+        sum[t].cpu = sum[t].ttft + p->sessions;
+    }
     engine_kv_stat(e, &was);
     int64_t t0 = clock_mono_us();
     int status = converse(e, p, all, sum);
