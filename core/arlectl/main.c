@@ -124,12 +124,12 @@ static int run(const struct args *a)
     char path[PATH_MAX], line[CTL_MAX_LINE];
     const char *word = a->n_rest > 0 ? a->rest[0] : "status";
     long long count = 0;
-    bool cancel = strcmp(word, "cancel") == 0;
+    bool cancel = strcmp(word, "cancel") == 0, kv = strcmp(word, "kv") == 0;
     if (!known(word)) {
         fprintf(stderr, "arlectl: unknown command %s (see arlectl --help)\n", word);
         return 2;
     }
-    if (a->n_rest != (a->n_rest == 0 ? 0 : cancel ? 2 : 1)) {
+    if (!kv && a->n_rest != (a->n_rest == 0 ? 0 : cancel ? 2 : 1)) {
         fprintf(stderr, cancel ? "arlectl: cancel wants the id of a generation\n" : "arlectl: %s takes no argument\n", word);
         return 2;
     }
@@ -145,7 +145,13 @@ static int run(const struct args *a)
     }
     if (strcmp(word, "top") == 0)
         return top(path, count);
-    snprintf(line, sizeof line, "%s%s%s", word, cancel ? " " : "", cancel ? a->rest[1] : "");
+    size_t len = (size_t)snprintf(line, sizeof line, "%s", word);
+    for (int i = 1; i < (int)a->n_rest && len < sizeof line; i++)
+        len += (size_t)snprintf(line + len, sizeof line - len, " %s", a->rest[i]);
+    if (len >= sizeof line) {
+        fprintf(stderr, "arlectl: the command is too long\n");
+        return 2;
+    }
     struct json_object *o = NULL;
     if (ask(path, line, &o) < 0)
         return 1;
@@ -160,13 +166,16 @@ static int run(const struct args *a)
 }
 
 static const struct command arlectl_command = {
-    .name = "arlectl", .args = "[COMMAND]", .max_args = 2, .bare = true,
+    .name = "arlectl", .args = "[COMMAND]", .max_args = 4, .bare = true,
     .summary = "Looks after a running arled.",
     .help = "commands:\n"
             "  status       what runs now (default)\n"
             "  models       models, with their sizes\n"
             "  plugins      plugins, with the reasons of refusals\n"
-            "  kv           pages, state slots and the prefix cache\n"
+            "  kv [stat]    pages, state slots, the prefix cache and its tiers\n"
+            "  kv verify    read every byte of the disk tier and compare checksums\n"
+            "  kv flush     forget every computed prefix that nobody uses\n"
+            "  kv warm FILE [TENANT]  compute the prompt of a chat request, whose body is in FILE\n"
             "  config       the configuration in force\n"
             "  drain        stop taking requests, finish those that run, exit\n"
             "  reload       read the configuration again; says what needs a restart\n"

@@ -14,6 +14,7 @@
 
 #include "ctl/ctl.h"
 #include "daemon/host.h"
+#include "daemon/kv_command.h"
 #include "kv/kv.h"
 #include "util/clock.h"
 #include "util/log.h"
@@ -186,29 +187,6 @@ static int say_plugins(struct server *s, struct sbuf *out)
     return 0;
 }
 
-static int say_kv(struct server *s, struct sbuf *out)
-{
-    size_t n;
-    struct served_model *const *models = host_models(s->host, &n);
-    sbuf_char(out, '[');
-    for (size_t i = 0; i < n; i++) {
-        struct kv_stats k = { 0 };
-        engine_kv_stat(models[i]->engine, &k);
-        sbuf_str(out, i ? ",{\"model\":" : "{\"model\":");
-        sbuf_json_cstr(out, models[i]->name);
-        sbuf_fmt(out, ",\"pages\":%llu,\"pages_free\":%llu,\"pages_cached\":%llu,\"slots\":%llu,\"slots_free\":%llu,\"lookups\":%llu,"
-                 "\"hits\":%llu,\"lookup_tokens\":%llu,\"hit_tokens\":%llu,\"snapshots\":%llu,\"snapshot_bytes\":%llu,"
-                 "\"pages_evicted\":%llu,\"host_bytes\":%llu,\"disk_bytes\":%llu}", (unsigned long long)k.pages_total,
-                 (unsigned long long)k.pages_free, (unsigned long long)k.pages_cached, (unsigned long long)k.slots_total,
-                 (unsigned long long)k.slots_free, (unsigned long long)k.lookups, (unsigned long long)k.hits,
-                 (unsigned long long)k.lookup_tokens, (unsigned long long)k.hit_tokens, (unsigned long long)k.snapshots,
-                 (unsigned long long)k.snapshot_bytes, (unsigned long long)k.pages_evicted, (unsigned long long)k.host_bytes,
-                 (unsigned long long)k.disk_bytes);
-    }
-    sbuf_char(out, ']');
-    return 0;
-}
-
 static int say_config(struct server *s, struct sbuf *out, struct arle_err *err)
 {
     char *text = NULL;
@@ -235,6 +213,15 @@ static int drain_by_command(struct server *s, struct sbuf *out)
     return 0;
 }
 
+/* Does not change while the daemon runs; the strings of older configurations are kept. */
+static const char *disk_dir(struct server *s)
+{
+    pthread_mutex_lock(&s->cfg_mu);
+    const char *dir = config_str(*s->cfg, "kv", "disk_dir");
+    pthread_mutex_unlock(&s->cfg_mu);
+    return dir;
+}
+
 static int on_command(void *arg, const char *command, const char *argument, struct sbuf *out, struct arle_err *err)
 {
     struct server *s = arg;
@@ -245,7 +232,7 @@ static int on_command(void *arg, const char *command, const char *argument, stru
     if (strcmp(command, "plugins") == 0)
         return say_plugins(s, out);
     if (strcmp(command, "kv") == 0)
-        return say_kv(s, out);
+        return kv_command(s->host, disk_dir(s), argument, out, err);
     if (strcmp(command, "config") == 0)
         return say_config(s, out, err);
     if (strcmp(command, "drain") == 0)

@@ -132,6 +132,8 @@ uint32_t engine_context(const struct engine *e);
 const char *engine_compute(const struct engine *e);      /* "f32" or "bf16" */
 /** Cancels the request of that id if it is still here. Any thread. -ENOMEM, else 0 (it may have ended meanwhile). */
 int engine_cancel(struct engine *e, uint64_t id);
+/** Has the engine thread drop what no sequence uses from the local tiers, and waits for it. -ETIMEDOUT, -ENOMEM. Not in manual mode. */
+int engine_kv_flush(struct engine *e, int64_t deadline_ms);
 /** Manual mode: one turn of the loop, at most one step. 1: something was done, 0: idle, -EIO: dead. */
 int engine_turn(struct engine *e);
 

@@ -3,6 +3,7 @@
  * chosen by aged priority, then by the least served tenant, then by arrival. See docs/scheduler.md for the why.
  */
 #include "sched/sched.h"
+#include "util/clock.h"
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -278,7 +279,12 @@ bool queue_intake(struct engine *e)
         struct note *note = atomic_exchange_explicit(&e->notes, NULL, memory_order_acquire);
         while (note != NULL) {
             struct note *next = note->next;
-            cancel_by_id(e, note->cancel_id);
+            if (note->flush) {
+                kv_flush(e->kv);
+                atomic_fetch_add(&e->flushes, 1);
+            } else {
+                cancel_by_id(e, note->cancel_id);
+            }
             free(note);
             note = next;
         }
@@ -298,15 +304,34 @@ bool queue_intake(struct engine *e)
     return any;
 }
 
-int engine_cancel(struct engine *e, uint64_t id)
+static int post_note(struct engine *e, uint64_t cancel_id, bool flush)
 {
     struct note *note = malloc(sizeof *note);
     if (note == NULL)
         return -ENOMEM;
-    note->cancel_id = id;
+    note->cancel_id = cancel_id;
+    note->flush = flush;
     note->next = atomic_load_explicit(&e->notes, memory_order_relaxed);
     while (!atomic_compare_exchange_weak_explicit(&e->notes, &note->next, note, memory_order_release, memory_order_relaxed))
         ;
     queue_wake(e);
     return 0;
+}
+
+int engine_cancel(struct engine *e, uint64_t id)
+{
+    return post_note(e, id, false);
+}
+
+int engine_kv_flush(struct engine *e, int64_t deadline_ms)
+{
+    uint64_t was = atomic_load(&e->flushes);
+    int64_t end = clock_mono_ms() + deadline_ms;
+    int r = post_note(e, 0, true);
+    while (r == 0 && atomic_load(&e->flushes) == was) {
+        if (clock_mono_ms() > end)
+            return -ETIMEDOUT;
+        nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
+    }
+    return r;
 }

@@ -91,7 +91,7 @@ struct request {
 };
 
 /* Mail to the engine that is not a request. */
-struct note { struct note *next; uint64_t cancel_id; };
+struct note { struct note *next; uint64_t cancel_id; bool flush; };     /* flush: of the prefix cache; cancel_id is unused */
 
 struct row { struct seq *seq; uint32_t pos; bool sample; };
 struct part { struct seq *seq; uint32_t from, n; };
@@ -173,6 +173,7 @@ struct engine {
     /* Reached by other threads. */
     _Atomic(struct request *) mail;         /* stack of submitted requests */
     _Atomic(struct note *) notes;
+    _Atomic uint64_t flushes;               /* of the prefix cache, done */
     _Atomic uint32_t attention;             /* a cancel or stop flag was set somewhere */
     _Atomic uint32_t bell, sleeping;
     _Atomic uint32_t queued;                /* requests that no answer of has been admitted */

@@ -182,6 +182,48 @@ def tokenize():
     equal(sh("arle", "tokenize", "--model", "/nowhere", input="x").returncode, 1, "without a model")
 
 
-for fn in (arlectl, reload, check_config, notify_socket, unix_listener, serve, run, interrupted, chat, tokenize):
+def kv_commands():
+    with tempfile.TemporaryDirectory() as folder:
+        key = os.path.join(folder, "key")
+        with open(key, "wb") as f:
+            f.write(bytes(range(32)))
+        os.chmod(key, 0o600)
+        tier = os.path.join(folder, "tier")
+        with Arled(settings={"kv.disk_dir": tier, "kv.secret_file": key, "kv.host_bytes": "64MiB"}) as s:
+            ctl = lambda *a: sh("arlectl", "--socket", s.control, *a)
+            j = lambda *a: json.loads(ctl("--json", *a).stdout)
+            body = {"temperature": 0, "max_tokens": 8, "messages": [
+                {"role": "system", "content": "You are a careful assistant who answers in short and plain sentences. " * 12},
+                {"role": "user", "content": "What is the capital of Japan?"}]}
+            cached = lambda: s.post(CHAT, body)[1]["usage"]["prompt_tokens_details"]["cached_tokens"]
+            path = os.path.join(folder, "body.json")
+            with open(path, "w") as f:
+                json.dump(body, f)
+            ok(j("kv", "warm", path)["prompt_tokens"] > 128, "kv warm", ctl("kv", "warm", path))
+            ok(cached() >= 128, "a warmed prompt hits")
+            ok(j("kv", "stat")[0]["hit_tokens"] >= 128, "kv stat", ctl("kv", "stat"))
+            end = time.monotonic() + 20
+            while j("kv")[0]["disk_user_bytes"] == 0 and time.monotonic() < end:
+                time.sleep(0.05)
+            ok(j("kv", "verify")[0]["pages"] > 0 and all(f["damaged"] == 0 for f in j("kv", "verify")), "kv verify", ctl("kv", "verify"))
+            s.wait_idle()
+            equal(ctl("kv", "flush").returncode, 0, "kv flush")
+            end = time.monotonic() + 20         # what was being moved at that moment goes with the next one
+            while j("kv")[0]["pages_cached"] + j("kv")[0]["host_bytes"] > 0 and time.monotonic() < end:
+                ctl("kv", "flush")
+                time.sleep(0.05)
+            k = j("kv")[0]
+            equal((k["pages_cached"], k["host_bytes"]), (0, 0), "nothing is kept after it")
+            equal(cached(), 0, "a flushed prompt is computed again")
+            for bad in (("kv", "nonsense"), ("kv", "warm"), ("kv", "warm", "relative"), ("kv", "warm", folder + "/none")):
+                ok(ctl(*bad).returncode == 1, "refused: " + " ".join(bad[:3])[:20], ctl(*bad))
+            s.stop()
+        said = sh("arle", "kv", "verify", tier)
+        ok(said.returncode == 0 and "damaged=0" in said.stdout, "arle kv verify", said)
+        said = sh("arle", "kv", "stat", tier)
+        ok(said.returncode == 0 and "pages=" in said.stdout, "arle kv stat", said)
+
+
+for fn in (kv_commands, arlectl, reload, check_config, notify_socket, unix_listener, serve, run, interrupted, chat, tokenize):
     case(fn)
 done()
