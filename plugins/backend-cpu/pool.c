@@ -164,8 +164,8 @@ void pool_destroy(struct pool *p)
     if (p == NULL)
         return;
     atomic_store(&p->stop, true);
-    atomic_fetch_add(&p->job, (uint64_t)1 << 16);       /* a job of nobody ends the spinning */
-    atomic_fetch_and(&p->job, ~(uint64_t)0xffff);
+    /* A job of no parts ends the spinning. One store: a worker must not see the new serial with the last job's parts. */
+    atomic_store(&p->job, ((atomic_load(&p->job) >> 16) + 1) << 16);
     wake_all(p);
     for (unsigned i = 1; i < p->n_threads; i++)
         pthread_join(p->workers[i - 1].thread, NULL);

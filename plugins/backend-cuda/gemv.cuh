@@ -163,6 +163,8 @@ static int gemv(arle_device *dev, cudaStream_t st, const gemv_args &a)
     int tiles = (a.g.n + 15) / 16, most = 2 * dev->n_sm;
     dim3 grid((unsigned)(tiles < most ? tiles : most));
     bump(dev, COUNT_GEMV);
+    if (gemv_bytes(6, a.g.rows, a.g.k) <= 112 * 1024)
+        return launch(dev, st, gemv_kernel<6>, grid, dim3(256), gemv_bytes(6, a.g.rows, a.g.k), a);
     size_t smem = gemv_bytes(5, a.g.rows, a.g.k);
     if (smem <= 112 * 1024)
         return launch(dev, st, gemv_kernel<5>, grid, dim3(256), smem, a);
