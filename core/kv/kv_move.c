@@ -9,6 +9,7 @@
 #include <stdlib.h>
 
 #define PROMO_KEEP_US 5000000       /* a promoted prefix nobody came back for is let go */
+#define TAIL_LATER 1e15             /* more than any worth: what slower tiers take goes down before what they do not */
 #define STAGE_PAGES 256u            /* host places at least, when there are slower tiers */
 #define STAGE_STATES 8u
 #define MIN_FETCH_TOKENS 16         /* shorter gains are not worth the trouble */
@@ -115,7 +116,8 @@ void move_update_snap(struct kv *kv, int32_t i)
     bool idle = s->node >= 0 && s->pins == 0;
     put_or_remove(&kv->snap_host_heap, i, idle && s->host >= 0, s->prio);
     put_or_remove(&kv->snap_down_heap, i, kv->host_states.n > 0 && idle && s->dev >= 0 && s->host < 0
-                  && s->disk == 0 && !s->store && (kv->cfg.host_bytes > 0 || s->pos % 64 == 0), s->prio);
+                  && s->disk == 0 && !s->store && (kv->cfg.host_bytes > 0 || s->pos % 64 == 0),
+                  kv->slow != NULL && s->pos % 64 == 0 ? s->prio - TAIL_LATER : s->prio);
     if (kv->slow != NULL)
         slow_update_snap(kv, i);
 }
@@ -332,7 +334,10 @@ static bool states_should_go(const struct kv *kv)
     int32_t least = kv_heap_min(&kv->snap_host_heap);
     bool free_place = kv->host_states.n_free > 0 || (least >= 0 && (kv->snaps[least].disk || kv->snaps[least].store));
     uint32_t clean = kv->snap_pool.n_free + kv->snap_heap.n - kv->snap_down_heap.n;
-    return kv->snap_down_heap.n > 0 && (free_place || clean < kv->snap_pool.n / 2);
+    /* A tail can go no further than the host: it would keep places from those that are on their way to a slower tier. */
+    int32_t next = kv_heap_min(&kv->snap_down_heap);
+    bool tail = kv->slow != NULL && next >= 0 && kv->snaps[next].pos % 64 != 0;
+    return next >= 0 && ((free_place && !tail) || clean < kv->snap_pool.n / 2);
 }
 
 void move_down(struct kv *kv)
@@ -346,7 +351,7 @@ void move_down(struct kv *kv)
     struct kv_move *m = move_new(kv, false);
     if (m == NULL)
         return;
-    while (states && m->n < 2 && kv->snap_down_heap.n > 0) {
+    while (m->n < 2 && states_should_go(kv)) {
         int32_t host = host_state_get(kv), snap = host >= 0 ? kv_heap_min(&kv->snap_down_heap) : -1;
         if (snap < 0) {
             if (host >= 0)

@@ -267,7 +267,7 @@ def flipped_bytes():
                 note("disk, %s flipped: %d tokens from it" % (what, tiers["disk_tokens"]))
                 if before is None:
                     before = tiers["disk_tokens"]
-                    ok(before > 500, "undamaged files are used", before)
+                    ok(before > 600 * TALKERS, "undamaged files are used for every talker", before)
                 elif what == "segments":
                     ok(tiers["disk_tokens"] < before, "damaged data are a miss", (tiers["disk_tokens"], before))
                 equal(s.stop(), 0, "disk, %s flipped: ends cleanly" % what)
