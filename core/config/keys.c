@@ -66,7 +66,7 @@ static const struct arle_conf_key kv_keys[] = {
 
 static const struct arle_conf_key scheduler_keys[] = {
     INT("max_seqs", "64", 1, 4096, "sequences", "Sequences that run at once, per model."),
-    INT("max_tokens", "512", 16, 65536, "tokens", "Tokens of one step, decode rows and prefill chunks together. Accelerators like 2048 and more."),
+    INT("max_tokens", "0", 0, 65536, "tokens", "Tokens of one step, decode rows and prefill chunks together; 0 takes 512 on a processor, 2048 on an accelerator."),
     INT("max_queue", "256", 1, 1048576, "requests", "Requests that wait, per model; more get 429 with Retry-After."),
     TIME("max_wait", "0", 0, 24 * HOUR, "Longest wait of a request before it runs; 0 leaves it to the request's own deadline."),
     BOOL("step_graphs", "yes", "Captures decode steps as device graphs where the backend can."),

@@ -112,7 +112,7 @@ static void fill_defaults(struct engine *e)
     if (e->info.max_rows > 0 && c->max_seqs > e->info.max_rows)
         c->max_seqs = e->info.max_rows;
     if (c->max_tokens == 0)
-        c->max_tokens = e->info.async ? 8192 : 512;
+        c->max_tokens = e->info.async ? 2048 : 512;        /* as fast as larger chunks, and decode rows wait a quarter as long */
     /* A step must be able to give one aligned chunk to somebody even when every seat has a decode row. */
     if (c->max_tokens < c->max_seqs + SCHED_ALIGN)
         c->max_tokens = c->max_seqs + SCHED_ALIGN;
