@@ -5,7 +5,7 @@
  *
  * Running softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; tiling: Dao 2023, arXiv:2307.08691.
  */
-#include "common.cuh"
+#include "wgmma.cuh"
 #include <errno.h>
 
 namespace {
@@ -428,46 +428,191 @@ __global__ void __launch_bounds__(256) combine_kernel(const attn_args a)
 /* ---- prefill --------------------------------------------------------------------------------------------------------- */
 
 const int kPreRows = 128, kPreTok = 64, kPreStage = kPreTok * kRow * 2;
-const int kPreSmem = kPreRows * kRow + 2 * kPreStage;
+const int kPreSmem = kPreRows * kRow + 2 * kPreStage + 1024;       /* operands of warpgroup products are aligned to 1024 */
 
-/* Block (query tile from the last, key head, sequence); warp w has rows 16 w .. 16 w + 15. Row r: token r / group, head r % group. */
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* Brings 64 keys (half 0) or values (half 1) from position p0 on into shared memory as panels, with 256 threads; positions from
+ * `end` on become zeros. */
 template <bool QUANT>
-__global__ void __launch_bounds__(256, 1) prefill_kernel(const attn_args a)
+__device__ __forceinline__ void load_panels(const attn_args &a, const int32_t *table, int head, int half, int p0, int end, unsigned char *dst)
 {
-    extern __shared__ __align__(128) unsigned char attn_smem[];
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int kvh = blockIdx.y, s = a.seq0 + blockIdx.z, tile = gridDim.x - 1 - blockIdx.x;
-    const int per_tile = kPreRows / a.group;
-    pdl_launch();
-    pdl_wait();
-    const int t_first = a.cu[s], t_end = a.cu[s + 1], t0 = t_first + tile * per_tile;
-    if (t0 >= t_end)
-        return;
-    const int n_tok = min(per_tile, t_end - t0);
-    const int pos0 = a.pos[t0] + a.pos_shift, end = pos0 + n_tok;      /* positions of a sequence's tokens are consecutive */
-    const int lo = a.window > 0 && pos0 - a.window + 1 > a.first ? pos0 - a.window + 1 : a.first;
-    const int32_t *table = a.table + (int64_t)s * a.table_stride;
-    unsigned char *ring = attn_smem + kPreRows * kRow;
-    const int n = end > lo ? (end - lo + kPreTok - 1) / kPreTok : 0;
-
-    for (int i = threadIdx.x; i < kPreRows * 32; i += 256) {
-        int r = i >> 5, c = i & 31, tok = r / a.group;
-        bool ok = tok < n_tok;
-        const bf16 *src = a.q + ((int64_t)(t0 + (ok ? tok : 0)) * a.n_q + kvh * a.group + (ok ? r % a.group : 0)) * kHead + c * 8;
-        cp16(smem_u32(attn_smem) + swizzled(r, c), src, ok);
-    }
-    if (n > 0)
-        load_kv<QUANT, kPreTok>(a, table, kvh, lo, end, ring, threadIdx.x, 256);
-    cp_commit();
-
-    float o[32][4], m[2] = { -INFINITY, -INFINITY }, l[2] = { 0.f, 0.f };
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    if (!QUANT) {
+        /* Warp w brings rows 8 w .. 8 w + 7; lane r finds row r, the others get its address by shuffle. */
+        const int mine = min(p0 + warp * 8 + (lane & 7), end - 1);
+        const unsigned long long at = (unsigned long long)(entry_of(a, table, mine) + (size_t)(head + half * a.n_kv) * kRow);
+        const uint32_t to = smem_u32(dst);
 #pragma unroll
-    for (int d = 0; d < 32; d++)
-        o[d][0] = o[d][1] = o[d][2] = o[d][3] = 0.f;
-    const uint32_t qs = smem_u32(attn_smem);
-    const int r0 = warp * 16 + (lane >> 2);
-    const int row_pos[2] = { pos0 + r0 / a.group, pos0 + (r0 + 8) / a.group };
-    const int warp_first = pos0 + warp * 16 / a.group, warp_last = pos0 + (warp * 16 + 15) / a.group;
+        for (int r = 0; r < 8; r++) {
+            const char *e = (const char *)__shfl_sync(0xffffffffu, at, r) + lane * 16;
+            cp16(to + panel_at<kPreTok>(warp * 8 + r, lane), e, p0 + warp * 8 + r < end);
+        }
+    } else for (int i = threadIdx.x; i < kPreTok * 16; i += 256) {
+        int r = i >> 4, l16 = i & 15, p = p0 + r, vec = head + half * a.n_kv;
+        uint32_t v[8] = {};
+        /* Both halves of the warp take part in shuffles; past the end they read the last entry and write zeros. */
+        const char *e = entry_of(a, table, min(p, end - 1));
+        if (a.kv_dtype == ARLE_I4G) {
+            float f[16];
+            expand_i4(e, vec, 2 * a.n_kv, l16, f);
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                v[j] = pack2(f[2 * j], f[2 * j + 1]);
+        } else {
+            expand16(e, vec, 2 * a.n_kv, l16, a.kv_dtype, v);
+        }
+        if (p >= end)
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                v[j] = 0;
+        *(uint4 *)(dst + panel_at<kPreTok>(r, l16 * 2)) = make_uint4(v[0], v[1], v[2], v[3]);
+        *(uint4 *)(dst + panel_at<kPreTok>(r, l16 * 2 + 1)) = make_uint4(v[4], v[5], v[6], v[7]);
+    }
+}
+
+/* Scores of a tile to weights: scaled, masked, exponentials in place; m and l move on, f is what older sums shrink by. */
+__device__ __forceinline__ void soften(const attn_args &a, float (&sc)[32], int p0, bool edge, const int *row_pos, float *m, float *l, float *f)
+{
+    const int lane = threadIdx.x & 31;
+    float x[2] = { m[0], m[1] };
+    if (edge) {
+#pragma unroll
+        for (int i = 0; i < 32; i++) {
+            int p = p0 + (i >> 2) * 8 + (lane & 3) * 2 + (i & 1), q = row_pos[(i >> 1) & 1];
+            if (p > q || p < a.first || (a.window > 0 && p <= q - a.window))
+                sc[i] = -INFINITY;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 32; i++)
+        x[(i >> 1) & 1] = fmaxf(x[(i >> 1) & 1], sc[i]);
+    float b[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        x[h] = fmaxf(x[h], __shfl_xor_sync(0xffffffffu, x[h], 1));
+        x[h] = fmaxf(x[h], __shfl_xor_sync(0xffffffffu, x[h], 2));
+        b[h] = x[h] == -INFINITY ? 0.f : x[h] * a.scale_log2;
+        f[h] = exp2f(m[h] * a.scale_log2 - b[h]);
+        m[h] = x[h];
+        l[h] *= f[h];
+    }
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        sc[i] = exp2f(fmaf(sc[i], a.scale_log2, -b[(i >> 1) & 1]));
+        l[(i >> 1) & 1] += sc[i];
+    }
+}
+
+__device__ __forceinline__ void scores(float (&sc)[32], uint32_t q_s, uint32_t k_s)
+{
+#pragma unroll
+    for (int kk = 0; kk < 16; kk++)
+        wgmma_64x64(sc, wgmma_desc(q_s + (kk >> 2) * (kPreRows * 128) + (kk & 3) * 32, 16),
+                    wgmma_desc(k_s + (kk >> 2) * (kPreTok * 128) + (kk & 3) * 32, 16), kk > 0);
+}
+
+__device__ __forceinline__ void weigh(float (&o)[128], const uint32_t *pf, uint32_t v_s)
+{
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        wgmma_64x256(o, pf + 4 * k, wgmma_desc(v_s + k * 16 * 128, kPreTok * 128));
+}
+
+__device__ __forceinline__ void pack_weights(uint32_t *pf, const float (&sc)[32])
+{
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        pf[4 * k] = pack2(sc[8 * k], sc[8 * k + 1]);
+        pf[4 * k + 1] = pack2(sc[8 * k + 2], sc[8 * k + 3]);
+        pf[4 * k + 2] = pack2(sc[8 * k + 4], sc[8 * k + 5]);
+        pf[4 * k + 3] = pack2(sc[8 * k + 6], sc[8 * k + 7]);
+    }
+}
+
+/*
+ * Sums of one tile of queries over positions lo .. end - 1; a warpgroup has 64 rows. Scores of tile i run together with the values
+ * of tile i - 1, which go on while the weights of tile i are made. So K of the next tile and V of the present one arrive together.
+ */
+template <bool QUANT>
+__device__ __forceinline__ void walk_context(const attn_args &a, const int32_t *table, int kvh, int lo, int end, const int *row_pos,
+                                             unsigned char *smem, float (&o)[128], float *m, float *l)
+{
+    const int wg = threadIdx.x >> 7, n = (end - lo + kPreTok - 1) / kPreTok;
+    unsigned char *kv = smem + kPreRows * kRow;
+    const uint32_t q_s = smem_u32(smem) + wg * 64 * 128, kv_s = smem_u32(kv);
+    const int half = kPreTok * kRow;            /* ring: K of even tiles, V, K of odd tiles, V */
+    /* Rows of the warp in order of position: its first and last decide whether any pair is masked. */
+    const int first = __shfl_sync(0xffffffffu, row_pos[0], 0), last = __shfl_sync(0xffffffffu, row_pos[1], 31);
+    auto is_edge = [&](int p0) { return p0 + kPreTok - 1 > first || (a.window > 0 && p0 <= last - a.window) || p0 < a.first; };
+    float sc[32], f[2];
+    uint32_t pf[16];
+
+    load_panels<QUANT>(a, table, kvh, 0, lo, end, kv);
+    cp_commit();
+    cp_wait<0>();
+    wgmma_publish();
+    __syncthreads();
+    load_panels<QUANT>(a, table, kvh, 0, lo + kPreTok, end, kv + kPreStage);
+    load_panels<QUANT>(a, table, kvh, 1, lo, end, kv + half);
+    cp_commit();
+    wgmma_fence();
+    scores(sc, q_s, kv_s);
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_hold(sc);
+    soften(a, sc, lo, is_edge(lo), row_pos, m, l, f);
+    pack_weights(pf, sc);
+    for (int i = 1; i < n; i++) {
+        const int p0 = lo + i * kPreTok, here = (i & 1) * kPreStage, there = kPreStage - here;
+        cp_wait<0>();
+        wgmma_publish();
+        __syncthreads();
+        wgmma_fence();
+        scores(sc, q_s, kv_s + here);
+        wgmma_commit();
+        weigh(o, pf, kv_s + there + half);
+        wgmma_commit();
+        load_panels<QUANT>(a, table, kvh, 0, p0 + kPreTok, end, kv + there);
+        load_panels<QUANT>(a, table, kvh, 1, p0, end, kv + here + half);
+        cp_commit();
+        wgmma_wait<1>();
+        wgmma_hold(sc);
+        soften(a, sc, p0, is_edge(p0), row_pos, m, l, f);
+        wgmma_wait<0>();
+        wgmma_hold(o);
+        if (__any_sync(0xffffffffu, f[0] != 1.f || f[1] != 1.f)) {
+#pragma unroll
+            for (int d = 0; d < 128; d++)
+                o[d] *= f[(d >> 1) & 1];
+        }
+        pack_weights(pf, sc);
+    }
+    cp_wait<0>();
+    wgmma_publish();
+    __syncthreads();
+    wgmma_fence();
+    weigh(o, pf, kv_s + ((n - 1) & 1) * kPreStage + half);
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_hold(o);
+}
+
+__device__ __forceinline__ uint32_t query_at(int row, int chunk) { return panel_at<kPreRows>(row, chunk); }
+
+#else
+__device__ __forceinline__ uint32_t query_at(int row, int chunk) { return swizzled(row, chunk); }
+
+/* Sums of one tile of queries over positions lo .. end - 1; a warp has 16 rows. */
+template <bool QUANT>
+__device__ __forceinline__ void walk_context(const attn_args &a, const int32_t *table, int kvh, int lo, int end, const int *row_pos,
+                                             unsigned char *smem, float (&o)[128], float *m, float *l)
+{
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, n = (end - lo + kPreTok - 1) / kPreTok;
+    const int warp_first = __shfl_sync(0xffffffffu, row_pos[0], 0), warp_last = __shfl_sync(0xffffffffu, row_pos[1], 31);
+    unsigned char *ring = smem + kPreRows * kRow;
+    const uint32_t qs = smem_u32(smem);
+    load_kv<QUANT, kPreTok>(a, table, kvh, lo, end, ring, threadIdx.x, 256);
+    cp_commit();
     for (int i = 0; i < n; i++) {
         cp_wait<0>();
         __syncthreads();
@@ -519,10 +664,10 @@ __global__ void __launch_bounds__(256, 1) prefill_kernel(const attn_args a)
             float f0 = exp2f(m[0] - b0), f1 = exp2f(m[1] - b1);
 #pragma unroll
             for (int d = 0; d < 32; d++) {
-                o[d][0] *= f0;
-                o[d][1] *= f0;
-                o[d][2] *= f1;
-                o[d][3] *= f1;
+                o[4 * d] *= f0;
+                o[4 * d + 1] *= f0;
+                o[4 * d + 2] *= f1;
+                o[4 * d + 3] *= f1;
             }
             l[0] *= f0;
             l[1] *= f1;
@@ -546,11 +691,48 @@ __global__ void __launch_bounds__(256, 1) prefill_kernel(const attn_args a)
             for (int d = 0; d < 16; d++) {
                 uint32_t b[4];
                 ldsm4t(b, vs + swizzled(k * 16 + (lane & 7) + ((lane >> 3) & 1) * 8, d * 2 + (lane >> 4)));
-                mma16816(o[2 * d], pf, b[0], b[1]);
-                mma16816(o[2 * d + 1], pf, b[2], b[3]);
+                mma16816(o + 8 * d, pf, b[0], b[1]);
+                mma16816(o + 8 * d + 4, pf, b[2], b[3]);
             }
         }
     }
+    cp_wait<0>();
+}
+#endif
+
+/* Block (query tile from the last, key head, sequence); warp w has rows 16 w .. 16 w + 15. Row r: token r / group, head r % group. */
+template <bool QUANT>
+__global__ void __launch_bounds__(256, 1) prefill_kernel(const attn_args a)
+{
+    extern __shared__ __align__(128) unsigned char attn_smem[];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int kvh = blockIdx.y, s = a.seq0 + blockIdx.z, tile = gridDim.x - 1 - blockIdx.x;
+    const int per_tile = kPreRows / a.group;
+    pdl_launch();
+    pdl_wait();
+    const int t_first = a.cu[s], t_end = a.cu[s + 1], t0 = t_first + tile * per_tile;
+    if (t0 >= t_end)
+        return;
+    const int n_tok = min(per_tile, t_end - t0);
+    const int pos0 = a.pos[t0] + a.pos_shift, end = pos0 + n_tok;      /* positions of a sequence's tokens are consecutive */
+    const int lo = a.window > 0 && pos0 - a.window + 1 > a.first ? pos0 - a.window + 1 : a.first;
+    const int32_t *table = a.table + (int64_t)s * a.table_stride;
+    unsigned char *smem = attn_smem + (-smem_u32(attn_smem) & 1023);
+
+    for (int i = threadIdx.x; i < kPreRows * 32; i += 256) {
+        int r = i >> 5, c = i & 31, tok = r / a.group;
+        bool ok = tok < n_tok;
+        const bf16 *src = a.q + ((int64_t)(t0 + (ok ? tok : 0)) * a.n_q + kvh * a.group + (ok ? r % a.group : 0)) * kHead + c * 8;
+        cp16(smem_u32(smem) + query_at(r, c), src, ok);
+    }
+    float o[128], m[2] = { -INFINITY, -INFINITY }, l[2] = { 0.f, 0.f };
+#pragma unroll
+    for (int d = 0; d < 128; d++)
+        o[d] = 0.f;
+    const int r0 = warp * 16 + (lane >> 2);
+    const int row_pos[2] = { pos0 + r0 / a.group, pos0 + (r0 + 8) / a.group };
+    if (end > lo)
+        walk_context<QUANT>(a, table, kvh, lo, end, row_pos, smem, o, m, l);
     cp_wait<0>();
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -565,7 +747,7 @@ __global__ void __launch_bounds__(256, 1) prefill_kernel(const attn_args a)
         const bf16 *gate = a.gate != NULL ? a.gate + (int64_t)t * a.ld_gate + a.gate_off + head * a.gate_head_stride + (lane & 3) * 2 : NULL;
 #pragma unroll
         for (int d = 0; d < 32; d++) {
-            float u = o[d][2 * h] * inv, v = o[d][2 * h + 1] * inv;
+            float u = o[4 * d + 2 * h] * inv, v = o[4 * d + 2 * h + 1] * inv;
             if (gate != NULL) {
                 float2 g = unpack2(*(const uint32_t *)(gate + d * 8));
                 u *= sigmoidf(g.x);
