@@ -42,7 +42,7 @@ static void random_vocab(struct vocab *v)
         if (seen)
             continue;
         for (int h = 0; h < 2; h++) {
-            snprintf(v->text[2 * v->n + (unsigned)h], 16, "%s", half[h]);
+            snprintf(v->text[2 * v->n + (unsigned)h], 16, "%.15s", half[h]);
             v->pair[2 * v->n + (unsigned)h] = v->text[2 * v->n + (unsigned)h];
         }
         v->n++;
