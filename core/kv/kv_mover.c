@@ -197,9 +197,17 @@ void mover_stop(struct kv_mover *m)
     pthread_cond_signal(&m->more);
     pthread_mutex_unlock(&m->mu);
     pthread_join(m->thread, NULL);
+    m->started = false;
+    m->stopped = true;
+}
+
+void mover_fini(struct kv_mover *m)
+{
+    if (!m->stopped)
+        return;
     pthread_mutex_destroy(&m->mu);
     pthread_cond_destroy(&m->more);
-    m->started = false;
+    m->stopped = false;
 }
 
 bool mover_submit(struct kv_mover *m, const struct kv_job *job)

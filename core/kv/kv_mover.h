@@ -32,7 +32,7 @@ struct kv_job {
 
 struct kv_mover {
     pthread_t thread;
-    bool started;
+    bool started, stopped;
     pthread_mutex_t mu;         /* guards the queues, stop and stats */
     pthread_cond_t more;
     struct kv_job in[MOVER_JOBS], out[MOVER_JOBS];
@@ -48,7 +48,8 @@ struct kv_mover {
 };
 
 int mover_start(struct kv_mover *m, struct arle_err *err);
-void mover_stop(struct kv_mover *m);            /* finishes what is queued */
+void mover_stop(struct kv_mover *m);            /* finishes what is queued; its results may still be taken */
+void mover_fini(struct kv_mover *m);            /* after mover_stop */
 /** False when the queue is full. */
 bool mover_submit(struct kv_mover *m, const struct kv_job *job);
 bool mover_take(struct kv_mover *m, struct kv_job *out);

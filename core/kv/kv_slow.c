@@ -778,6 +778,8 @@ void slow_fini(struct kv *kv)
             probe_free(j.probe);
             free(j.data);
         }
+    mover_fini(&sl->disk);
+    mover_fini(&sl->store);
     kv_disk_close(sl->disk.disk);
     kv_heap_fini(&kv->disk_heap);
     kv_heap_fini(&kv->store_heap);
