@@ -6,8 +6,8 @@
  *   conv     convolution, silu, norms of q and k                       -> qkv, bf16
  *   prepare  per chunk, all at once: A = (I + M)^-1, U = A diag(beta) V, W = A diag(beta e^gamma) K, P = (Q K^T) . D
  *   scan     per (sequence, head, 16 value columns), chunk after chunk: Vn = U - W S, O = e^gamma Q S + P Vn, S' = ...
- *            A warp holds S^T [16 x 128] as the accumulator of its products; accumulator and operand layouts agree when the value
- *            dimension is the row, so nothing but W, Q, K and P passes through shared memory.
+ *            A warp holds S^T [16 x 64] as the accumulator of its products; accumulator and operand layouts agree when the value
+ *            dimension is the row. Two warps hold the two halves of the keys and exchange their parts of W S and Q S.
  *   gate     norm over the head and silu(z), in place
  */
 #include "common.cuh"
@@ -252,56 +252,54 @@ __global__ void __launch_bounds__(256, 2) step_kernel(const gdn_args a)
 
 const int kConvTok = 32, kConvAhead = 8;
 
-/* Eight channels of the piece's token i as they were before the convolution. */
-__device__ __forceinline__ uint4 conv_in8(const gdn_args &a, const bf16 *rec, int t0, int i, int c)
+/* Four channels of the piece's token i as they were before the convolution. */
+__device__ __forceinline__ uint2 conv_in4(const gdn_args &a, const bf16 *rec, int t0, int i, int c)
 {
-    return i >= 0 ? *(const uint4 *)(a.proj + (int64_t)(t0 + i) * a.ld_proj + a.u_off + c)
-                  : *(const uint4 *)(rec + (int64_t)(3 + i) * a.n_conv + c);
+    return i >= 0 ? *(const uint2 *)(a.proj + (int64_t)(t0 + i) * a.ld_proj + a.u_off + c)
+                  : *(const uint2 *)(rec + (int64_t)(3 + i) * a.n_conv + c);
 }
 
-__device__ __forceinline__ void unpack8(uint4 v, float *f)
+__device__ __forceinline__ void unpack4(uint2 v, float *f)
 {
-    const uint32_t *p = (const uint32_t *)&v;
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-        float2 x = unpack2(p[e]);
-        f[2 * e] = x.x;
-        f[2 * e + 1] = x.y;
-    }
+    float2 x = unpack2(v.x), y = unpack2(v.y);
+    f[0] = x.x;
+    f[1] = x.y;
+    f[2] = y.x;
+    f[3] = y.y;
 }
 
-/* Thread: 8 channels of 32 tokens, eight tokens asked for at a time. 16 threads make one head of 128, so norms are shuffles.
+/* Thread: 4 channels of 32 tokens, eight tokens asked for at a time. A warp is one head of 128, so norms are shuffles.
  * grid (token runs, channel blocks, seq) */
-__global__ void __launch_bounds__(256) conv_kernel(const gdn_args a)
+__global__ void __launch_bounds__(256, 4) conv_kernel(const gdn_args a)
 {
     pdl_launch();
     const int s = a.seq0 + blockIdx.z, t0 = a.cu[s], n = a.cu[s + 1] - t0, i0 = blockIdx.x * kConvTok;
-    const int c = (blockIdx.y * 256 + threadIdx.x) * 8;
+    const int c = (blockIdx.y * 256 + threadIdx.x) * 4;
     pdl_wait();
     if (i0 >= n || c >= a.n_conv)
         return;
     const bf16 *rec = conv_state(a, s);
     const int kind = c / kDim < a.n_k ? 0 : c / kDim < 2 * a.n_k ? 1 : 2;      /* q, k, v */
-    float4 w[8];
-    float h0[8], h1[8], h2[8];
-    unpack8(conv_in8(a, rec, t0, i0 - 3, c), h0);
-    unpack8(conv_in8(a, rec, t0, i0 - 2, c), h1);
-    unpack8(conv_in8(a, rec, t0, i0 - 1, c), h2);
+    float4 w[4];
+    float h0[4], h1[4], h2[4];
+    unpack4(conv_in4(a, rec, t0, i0 - 3, c), h0);
+    unpack4(conv_in4(a, rec, t0, i0 - 2, c), h1);
+    unpack4(conv_in4(a, rec, t0, i0 - 1, c), h2);
 #pragma unroll
-    for (int e = 0; e < 8; e++)
+    for (int e = 0; e < 4; e++)
         w[e] = *(const float4 *)(a.conv_w + (int64_t)(c + e) * 4);
     const int m = min(kConvTok, n - i0);
     for (int i = 0; i < m; i += kConvAhead) {
-        uint4 raw[kConvAhead];
+        uint2 raw[kConvAhead];
 #pragma unroll
         for (int j = 0; j < kConvAhead; j++)
-            raw[j] = conv_in8(a, rec, t0, i0 + min(i + j, m - 1), c);
+            raw[j] = conv_in4(a, rec, t0, i0 + min(i + j, m - 1), c);
 #pragma unroll
         for (int j = 0; j < kConvAhead; j++) {
-            float u[8], y[8], ss = 0.f;
-            unpack8(raw[j], u);
+            float u[4], y[4], ss = 0.f;
+            unpack4(raw[j], u);
 #pragma unroll
-            for (int e = 0; e < 8; e++) {
+            for (int e = 0; e < 4; e++) {
                 y[e] = round_bf(siluf(w[e].x * h0[e] + w[e].y * h1[e] + w[e].z * h2[e] + w[e].w * u[e]));
                 h0[e] = h1[e];
                 h1[e] = h2[e];
@@ -309,17 +307,13 @@ __global__ void __launch_bounds__(256) conv_kernel(const gdn_args a)
                 ss += y[e] * y[e];
             }
             if (kind < 2) {
+                float r = rsqrtf(warp_sum(ss) + 1e-6f) * (kind == 0 ? 0.08838834764831845f : 1.f);
 #pragma unroll
-                for (int o = 8; o > 0; o >>= 1)
-                    ss += __shfl_xor_sync(0xffffffffu, ss, o);
-                float r = rsqrtf(ss + 1e-6f) * (kind == 0 ? 0.08838834764831845f : 1.f);
-#pragma unroll
-                for (int e = 0; e < 8; e++)
+                for (int e = 0; e < 4; e++)
                     y[e] *= r;
             }
             if (i + j < m)
-                *(uint4 *)(a.qkv + (int64_t)(t0 + i0 + i + j - a.tok0) * a.n_conv + c) =
-                    make_uint4(pack2(y[0], y[1]), pack2(y[2], y[3]), pack2(y[4], y[5]), pack2(y[6], y[7]));
+                *(uint2 *)(a.qkv + (int64_t)(t0 + i0 + i + j - a.tok0) * a.n_conv + c) = make_uint2(pack2(y[0], y[1]), pack2(y[2], y[3]));
         }
     }
 }
@@ -540,6 +534,8 @@ __global__ void __launch_bounds__(256, 2) prepare_kernel(const gdn_args a)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 int col = nh * 32 + j * 8 + 2 * tq;
+                if (nh * 2 > mt)
+                    break;              /* the upper right quarter: nobody reads it */
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     int row = mt * 16 + g + r * 8;
@@ -619,9 +615,11 @@ __global__ void __launch_bounds__(256, 2) prepare_kernel(const gdn_args a)
 
 /* ---- chunks: scan ---------------------------------------------------------------------------------------------------- */
 
-const int kScanWarps = 2;
+const int kScanWarps = 4, kScanCols = kScanWarps / 2 * 16;
 const int kScanStage = 3 * kTile + kChunk * kChunk * 2 + 2 * kChunk * 4;
-const int kScanSmem = 2 * kScanStage;
+const int kScanSwap = 12 * 32 * 16;         /* what a warp hands to its partner: 12 float4 per lane */
+const int kScanSmem = 2 * kScanStage;        /* two blocks fit one multiprocessor, to the kilobyte */
+static_assert(kScanWarps * kScanSwap <= 2 * kTile, "parts are exchanged in the place of W and Q");
 
 __device__ __forceinline__ uint32_t transpose8x8(uint32_t v)
 {
@@ -659,12 +657,19 @@ __device__ __forceinline__ void scan_load(const gdn_args &a, uint32_t dst, int64
         cp16(dst + 3 * kTile + kChunk * kChunk * 2 + i * 16, d + i * 4, true);
 }
 
-/* Block (slices of 32 value columns, value head, sequence); a warp owns 16 columns. */
+/* The two warps of a pair; barrier 0 is the block's. */
+__device__ __forceinline__ void pair_sync(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
+
+/*
+ * Block (slices of 32 value columns, value head, sequence). Two warps own 16 columns, each with the keys of one half: products with S
+ * are sums of two parts, which they exchange. Of the outputs, half 0 finishes tokens 0 .. 15 and 48 .. 63, half 1 those between, so
+ * that both have the same part of the triangle P.
+ */
 __global__ void __launch_bounds__(kScanWarps * 32) scan_kernel(const gdn_args a)
 {
     extern __shared__ __align__(128) unsigned char gdn_smem[];
-    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, tq = lane & 3;
-    const int h = blockIdx.y, s = a.seq0 + blockIdx.z, dv = (blockIdx.x * kScanWarps + warp) * 16;
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, tq = lane & 3, pair = warp >> 1, half = warp & 1;
+    const int h = blockIdx.y, s = a.seq0 + blockIdx.z, dv = blockIdx.x * kScanCols + pair * 16, dk = half * (kDim / 2);
     pdl_launch();
     pdl_wait();
     const int t0 = a.cu[s], n = a.cu[s + 1] - t0, n_chunks = (n + kChunk - 1) / kChunk;
@@ -675,21 +680,26 @@ __global__ void __launch_bounds__(kScanWarps * 32) scan_kernel(const gdn_args a)
     cp_commit();
 
     float *S = s_state(a, s, h);
-    float st[16][4];
+    float st[8][4];
 #pragma unroll
-    for (int j = 0; j < 16; j++)
+    for (int j = 0; j < 8; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            st[j][e] = S[(j * 8 + 2 * tq + (e & 1)) * kDim + dv + g + (e >> 1) * 8];
+            st[j][e] = S[(dk + j * 8 + 2 * tq + (e & 1)) * kDim + dv + g + (e >> 1) * 8];
 
-    for (int c = 0; c < n_chunks; c++) {
-        const bf16 *ut = a.ut + ((id0 + c) * a.n_v + h) * kDim * kChunk + (dv + g) * kChunk + 2 * tq;
-        uint32_t u[8][2];
+    /* U of tokens 32 half .. + 31, a chunk ahead. */
+    uint32_t u[4][2];
+    auto load_u = [&](int c) {
+        const bf16 *ut = a.ut + ((id0 + c) * a.n_v + h) * kDim * kChunk + (dv + g) * kChunk + half * 32 + 2 * tq;
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
+        for (int j = 0; j < 4; j++) {
             u[j][0] = *(const uint32_t *)(ut + j * 8);
             u[j][1] = *(const uint32_t *)(ut + 8 * kChunk + j * 8);
         }
+    };
+    load_u(0);
+
+    for (int c = 0; c < n_chunks; c++) {
         cp_wait<0>();
         __syncthreads();
         if (c + 1 < n_chunks)
@@ -699,92 +709,125 @@ __global__ void __launch_bounds__(kScanWarps * 32) scan_kernel(const gdn_args a)
         const uint32_t w_s = smem_u32(gdn_smem) + (c & 1) * kScanStage, q_s = w_s + kTile, k_s = q_s + kTile, p_s = k_s + kTile;
         const float *eg = (const float *)(gdn_smem + (c & 1) * kScanStage + 3 * kTile + kChunk * kChunk * 2), *ed = eg + kChunk;
 
+        /* vn: W S - U, the part of this half. */
         float vn[8][4], o[8][4];
 #pragma unroll
-        for (int j = 0; j < 8; j++)
+        for (int j = 0; j < 8; j++) {
+            float2 x = unpack2(u[j & 3][0]), y = unpack2(u[j & 3][1]);
+            const bool mine = (j >> 2) == half;
+            vn[j][0] = mine ? -x.x : 0.f;
+            vn[j][1] = mine ? -x.y : 0.f;
+            vn[j][2] = mine ? -y.x : 0.f;
+            vn[j][3] = mine ? -y.y : 0.f;
+            o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.f;
+        }
+        if (c + 1 < n_chunks)
+            load_u(c + 1);
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-                vn[j][e] = o[j][e] = 0.f;
-#pragma unroll
-        for (int ks = 0; ks < 8; ks++) {
+        for (int ks = 0; ks < 4; ks++) {
             uint32_t as[4] = { pack2(st[2 * ks][0], st[2 * ks][1]), pack2(st[2 * ks][2], st[2 * ks][3]),
                                pack2(st[2 * ks + 1][0], st[2 * ks + 1][1]), pack2(st[2 * ks + 1][2], st[2 * ks + 1][3]) };
+            const int chunk = half * 8 + ks * 2 + ((lane >> 3) & 1);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                uint32_t b[4];
-                ldsm4(b, w_s + at128(j * 16 + (lane & 7) + ((lane >> 4) << 3), ks * 2 + ((lane >> 3) & 1)));
+                uint32_t b[4], d[4];
+                ldsm4(b, w_s + at128(j * 16 + (lane & 7) + ((lane >> 4) << 3), chunk));
+                ldsm4(d, q_s + at128(j * 16 + (lane & 7) + ((lane >> 4) << 3), chunk));
                 mma16816(vn[2 * j], as, b[0], b[1]);
                 mma16816(vn[2 * j + 1], as, b[2], b[3]);
-            }
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                uint32_t b[4];
-                ldsm4(b, q_s + at128(j * 16 + (lane & 7) + ((lane >> 4) << 3), ks * 2 + ((lane >> 3) & 1)));
-                mma16816(o[2 * j], as, b[0], b[1]);
-                mma16816(o[2 * j + 1], as, b[2], b[3]);
+                mma16816(o[2 * j], as, d[0], d[1]);
+                mma16816(o[2 * j + 1], as, d[2], d[3]);
             }
         }
+        /* Runs of 16 tokens whose outputs this warp finishes; the rest of o goes to the partner, in the order of its runs. */
+        const int run0 = half ? 1 : 0, run1 = half ? 2 : 3;
+        float4 *swap = (float4 *)(gdn_smem + (c & 1) * kScanStage + warp * kScanSwap) + lane;
+        const float4 *theirs = (const float4 *)(gdn_smem + (c & 1) * kScanStage + (warp ^ 1) * kScanSwap) + lane;
+        float out[4][4];
+        __syncthreads();        /* W and Q of this chunk are done with: the parts go over them */
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            swap[j * 32] = make_float4(vn[j][0], vn[j][1], vn[j][2], vn[j][3]);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float *x = o[j], *y = o[2 + j], *z = o[4 + j], *w = o[6 + j];
+            swap[(8 + j) * 32] = half ? make_float4(x[0], x[1], x[2], x[3]) : make_float4(y[0], y[1], y[2], y[3]);
+            swap[(10 + j) * 32] = half ? make_float4(w[0], w[1], w[2], w[3]) : make_float4(z[0], z[1], z[2], z[3]);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                out[j][e] = half ? y[e] : x[e];
+                out[2 + j][e] = half ? z[e] : w[e];
+            }
+        }
+        pair_sync(pair);
         const float last = eg[kChunk - 1];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            float2 e = *(const float2 *)(eg + j * 8 + 2 * tq);
-            float2 x = unpack2(u[j][0]), y = unpack2(u[j][1]);
-            vn[j][0] = x.x - vn[j][0];
-            vn[j][1] = x.y - vn[j][1];
-            vn[j][2] = y.x - vn[j][2];
-            vn[j][3] = y.y - vn[j][3];
-            o[j][0] *= e.x;
-            o[j][1] *= e.y;
-            o[j][2] *= e.x;
-            o[j][3] *= e.y;
+            float4 x = theirs[j * 32];
+            vn[j][0] = -(vn[j][0] + x.x);
+            vn[j][1] = -(vn[j][1] + x.y);
+            vn[j][2] = -(vn[j][2] + x.z);
+            vn[j][3] = -(vn[j][3] + x.w);
         }
 #pragma unroll
-        for (int j = 0; j < 16; j++)
+        for (int j = 0; j < 4; j++) {
+            float4 x = theirs[(8 + j) * 32];
+            float2 e = *(const float2 *)(eg + (j < 2 ? run0 : run1) * 16 + (j & 1) * 8 + 2 * tq);
+            out[j][0] = (out[j][0] + x.x) * e.x;
+            out[j][1] = (out[j][1] + x.y) * e.y;
+            out[j][2] = (out[j][2] + x.z) * e.x;
+            out[j][3] = (out[j][3] + x.w) * e.y;
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 st[j][e] *= last;
 #pragma unroll
         for (int ks = 0; ks < 4; ks++) {
-            uint32_t av[4] = { pack2(vn[2 * ks][0], vn[2 * ks][1]), pack2(vn[2 * ks][2], vn[2 * ks][3]),
-                               pack2(vn[2 * ks + 1][0], vn[2 * ks + 1][1]), pack2(vn[2 * ks + 1][2], vn[2 * ks + 1][3]) };
-#pragma unroll
-            for (int j = ks; j < 4; j++) {
-                uint32_t b[4];
-                ldsm4(b, p_s + at64(j * 16 + (lane & 7) + ((lane >> 4) << 3), ks * 2 + ((lane >> 3) & 1)));
-                mma16816(o[2 * j], av, b[0], b[1]);
-                mma16816(o[2 * j + 1], av, b[2], b[3]);
-            }
             float2 e0 = *(const float2 *)(ed + ks * 16 + 2 * tq), e1 = *(const float2 *)(ed + ks * 16 + 8 + 2 * tq);
             uint32_t ad[4] = { pack2(vn[2 * ks][0] * e0.x, vn[2 * ks][1] * e0.y), pack2(vn[2 * ks][2] * e0.x, vn[2 * ks][3] * e0.y),
                                pack2(vn[2 * ks + 1][0] * e1.x, vn[2 * ks + 1][1] * e1.y),
                                pack2(vn[2 * ks + 1][2] * e1.x, vn[2 * ks + 1][3] * e1.y) };
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
+            for (int j = 0; j < 4; j++) {
                 uint32_t b[4];
-                ldsm4t(b, k_s + at128(ks * 16 + (lane & 7) + ((lane >> 3) & 1) * 8, j * 2 + (lane >> 4)));
+                ldsm4t(b, k_s + at128(ks * 16 + (lane & 7) + ((lane >> 3) & 1) * 8, half * 8 + j * 2 + (lane >> 4)));
                 mma16816(st[2 * j], ad, b[0], b[1]);
                 mma16816(st[2 * j + 1], ad, b[2], b[3]);
+            }
+            uint32_t av[4] = { pack2(vn[2 * ks][0], vn[2 * ks][1]), pack2(vn[2 * ks][2], vn[2 * ks][3]),
+                               pack2(vn[2 * ks + 1][0], vn[2 * ks + 1][1]), pack2(vn[2 * ks + 1][2], vn[2 * ks + 1][3]) };
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int run = r ? run1 : run0;
+                if (ks <= run) {
+                    uint32_t b[4];
+                    ldsm4(b, p_s + at64(run * 16 + (lane & 7) + ((lane >> 4) << 3), ks * 2 + ((lane >> 3) & 1)));
+                    mma16816(out[2 * r], av, b[0], b[1]);
+                    mma16816(out[2 * r + 1], av, b[2], b[3]);
+                }
             }
         }
         const int m = n - c * kChunk;
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            /* Token becomes the row: lane holds token 8 j + g, columns dv + 2 tq and dv + 8 + 2 tq. */
-            uint32_t lo = transpose8x8(pack2(o[j][0], o[j][1])), hi = transpose8x8(pack2(o[j][2], o[j][3]));
-            int r = j * 8 + g;
+        for (int j = 0; j < 4; j++) {
+            /* Token becomes the row: lane holds token g of eight, columns dv + 2 tq and dv + 8 + 2 tq. */
+            uint32_t lo = transpose8x8(pack2(out[j][0], out[j][1])), hi = transpose8x8(pack2(out[j][2], out[j][3]));
+            int r = (j < 2 ? run0 : run1) * 16 + (j & 1) * 8 + g;
             if (r < m) {
-                bf16 *out = a.out + (int64_t)(t0 + c * kChunk + r) * a.ld_out + h * kDim + dv + 2 * tq;
-                *(uint32_t *)out = lo;
-                *(uint32_t *)(out + 8) = hi;
+                bf16 *to = a.out + (int64_t)(t0 + c * kChunk + r) * a.ld_out + h * kDim + dv + 2 * tq;
+                *(uint32_t *)to = lo;
+                *(uint32_t *)(to + 8) = hi;
             }
         }
     }
     cp_wait<0>();
 #pragma unroll
-    for (int j = 0; j < 16; j++)
+    for (int j = 0; j < 8; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            S[(j * 8 + 2 * tq + (e & 1)) * kDim + dv + g + (e >> 1) * 8] = st[j][e];
+            S[(dk + j * 8 + 2 * tq + (e & 1)) * kDim + dv + g + (e >> 1) * 8] = st[j][e];
 }
 
 /* ---- chunks: gate ---------------------------------------------------------------------------------------------------- */
@@ -835,12 +878,14 @@ int run_chunks(arle_device *dev, cudaStream_t st, gdn_args a, const arle_batch *
     a.decay = (float *)(a.p + chunks * a.n_v * kChunk * kChunk);
     const unsigned per_seq = (unsigned)ceil_div(b->max_new, kChunk);
     bump(dev, COUNT_GDN_CHUNK);
-    int r = launch(dev, st, conv_kernel, dim3((unsigned)ceil_div(b->max_new, kConvTok), (unsigned)ceil_div(a.n_conv, 2048), a.n_seqs),
+    int r = launch(dev, st, conv_kernel, dim3((unsigned)ceil_div(b->max_new, kConvTok), (unsigned)ceil_div(a.n_conv, 1024), a.n_seqs),
                    dim3(256), 0, a);
     if (r == 0)
         r = launch(dev, st, prepare_kernel, dim3(per_seq, a.n_k, a.n_seqs), dim3(256), kPrepSmem, a);
+    /* Too few blocks for two on each multiprocessor must not be packed onto half of them: ask for memory that only one can have. */
+    const bool alone = kDim / kScanCols * a.n_v * a.n_seqs <= dev->n_sm && dev->max_smem >= (size_t)kScanSmem + 8192;
     if (r == 0)
-        r = launch(dev, st, scan_kernel, dim3(kDim / 16 / kScanWarps, a.n_v, a.n_seqs), dim3(kScanWarps * 32), kScanSmem, a);
+        r = launch(dev, st, scan_kernel, dim3(kDim / kScanCols, a.n_v, a.n_seqs), dim3(kScanWarps * 32), kScanSmem + (alone ? 8192 : 0), a);
     if (r == 0)
         r = launch(dev, st, gate_kernel, dim3(n_tokens), dim3(256), 0, a);
     return r;
