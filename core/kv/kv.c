@@ -204,6 +204,25 @@ void kv_publish_stats(struct kv *kv)
     atomic_store_explicit(&kv->pub_seq, seq + 2, memory_order_release);
 }
 
+uint32_t kv_pages_lost(const struct kv *kv)
+{
+    uint32_t lost = 0;
+    for (uint32_t i = 0; i < kv->pages.n; i++) {
+        int32_t page = (int32_t)(kv->pages.first + i);
+        uint32_t refs = kv->page_node[page] >= 0;
+        for (const struct kv_seq *s = kv->seqs; s != NULL; s = s->next)
+            for (uint32_t k = 0; k < s->n_pages; k++)
+                refs += s->pages[k] == page;
+        for (int m = 0; m < N_MOVES; m++)
+            for (uint32_t k = 0; k < kv->move[m].n; k++)
+                refs += kv->move[m].up && kv->move[m].item[k].node >= 0 && kv->move[m].item[k].dev == page;
+        for (uint32_t k = 0; k < kv->pages.n_free; k++)
+            refs += kv->pages.stack[k] == page;
+        lost += refs != (kv->pages.refs[page] > 0 ? kv->pages.refs[page] : 1u);
+    }
+    return lost;
+}
+
 void kv_stat(const struct kv *kv, struct kv_stats *out)
 {
     uint64_t words[sizeof *out / sizeof(uint64_t)];

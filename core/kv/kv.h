@@ -122,6 +122,9 @@ int kv_poll(struct kv *kv);
 /** Enqueues deferred page reuse and demotion work; once per step, after the step was enqueued. */
 void kv_step_end(struct kv *kv);
 
+/* Pages that are neither free nor accounted for, reference by reference, by sequences, tree and copies up. Slow: for tests. */
+uint32_t kv_pages_lost(const struct kv *kv);
+
 struct kv_stats {
     uint64_t pages_total, pages_free, pages_cached;         /* cached: in the tree, used by nobody */
     uint64_t slots_total, slots_free;

@@ -228,6 +228,8 @@ void tree_pin(struct kv *kv, int32_t node);
 void tree_unpin(struct kv *kv, int32_t node);
 /** Enters the full pages of s that are final and known. */
 void tree_publish(struct kv_seq *s);
+/* Lets the nodes s stands on use its pages instead of second copies of their own. */
+void tree_share(struct kv_seq *s);
 /** Remembers the state that s's slot holds now at pos = computed tokens; enqueues the copy. False when there was no room. */
 bool tree_snapshot(struct kv_seq *s, uint32_t pos);
 /** A node for exactly the tokens [0, pos) of s. -1: no room. */

@@ -312,13 +312,25 @@ uint32_t kv_seq_cut(const struct kv_seq *s, uint32_t from, uint32_t want)
     return cut > from ? cut : from;
 }
 
+/* Room for a running sequence, which outranks promotions and what it holds twice itself. */
+static bool room_to_run(struct kv_seq *s, uint32_t n)
+{
+    if (tree_make_room(s->kv, n))
+        return true;
+    tree_share(s);
+    if (tree_make_room(s->kv, n))
+        return true;
+    move_end_promos(s->kv);
+    return tree_make_room(s->kv, n);
+}
+
 int kv_seq_reserve(struct kv_seq *s, uint32_t n_tokens)
 {
     struct kv *kv = s->kv;
     if (n_tokens > kv->cfg.max_seq_tokens)
         return -E2BIG;
     uint32_t need = pages_for(kv, n_tokens);
-    if (need > s->n_pages && !tree_make_room(kv, need - s->n_pages))
+    if (need > s->n_pages && !room_to_run(s, need - s->n_pages))
         return -EAGAIN;
     while (s->n_pages < need)
         s->pages[s->n_pages++] = page_alloc(&kv->pages);

@@ -591,6 +591,31 @@ static void enforce_quota(struct kv *kv, int root)
         tree_drop_page(kv, t->head);
 }
 
+/*
+ * A sequence that computed again what the tree has on the device (its state was gone) would hold every page twice, and keep the
+ * tree's from being evicted by standing on them. The node takes the sequence's page and lets go of its own.
+ */
+static void share_own(struct kv *kv, int32_t i, int32_t page)
+{
+    struct kv_node *n = &kv->nodes[i];
+    if (n->page < 0 || n->page == page || n->busy > 0 || kv->pages.refs[n->page] > 1 || kv->page_node[page] >= 0)
+        return;
+    page_release(kv, i);
+    page_ref(&kv->pages, page);
+    tree_set_page(kv, i, page);
+}
+
+void tree_share(struct kv_seq *s)
+{
+    struct kv *kv = s->kv;
+    for (int32_t i = s->cursor; i >= 0 && kv->nodes[i].fill == kv->pt; i = kv->nodes[i].parent) {
+        int32_t page = s->pages[kv->nodes[i].start / kv->pt], tail = kv->page_node[page];
+        if (tail >= 0 && tail != i && kv->nodes[tail].users == 0 && kv->nodes[tail].kids == 0)
+            tree_remove(kv, tail);      /* a remembered tail is worth less than a sequence that cannot go on */
+        share_own(kv, i, page);
+    }
+}
+
 void tree_publish(struct kv_seq *s)
 {
     struct kv *kv = s->kv;
@@ -611,6 +636,7 @@ void tree_publish(struct kv_seq *s)
             page_ref(&kv->pages, page);         /* known from a lower tier only, and just computed: as good as promoted */
             tree_set_page(kv, next, page);
         }
+        share_own(kv, next, page);
         if (kv->nodes[next].users++ == 0)       /* the ancestors have this sequence as a user already */
             tree_update(kv, next);
         s->cursor = next;

@@ -94,6 +94,30 @@ static void slow_fetches_are_not_made(void)
     stop(&fm);
 }
 
+/* Pages of a prefix whose state is gone are computed again: the running sequence must not keep both copies. */
+static void computed_again_is_held_once(void)
+{
+    struct fm fm;
+    struct kv_config cfg = base_config();
+    struct kv_seq *s;
+    struct kv_hit hit;
+    cfg.n_pages = 32;
+    cfg.host_bytes = 0;
+    cfg.snapshot_bytes = sizeof(struct fm_state);
+    REQUIRE(start(&fm, cfg, true, false));
+    fm_request(&fm, alice, doc, 300, NULL, 0, doc, 1);
+    fm_request(&fm, alice, doc + 2000, 64, NULL, 0, doc, 1);       /* takes the only record */
+    REQUIRE(fm_open(&fm, alice, doc, 400, &s, &hit) == 0);
+    EXPECT_EQ(hit.cached_tokens, 0);
+    EXPECT(fm_prefill(&fm, s, alice, 0, 400, 128));
+    EXPECT_EQ(kv_pages_lost(fm.kv), 0);
+    EXPECT_EQ(kv_seq_reserve(s, 32 * 16), 0);
+    EXPECT_EQ(kv_pages_lost(fm.kv), 0);
+    kv_seq_close(s, true);
+    EXPECT_EQ(kv_pages_lost(fm.kv), 0);
+    stop(&fm);
+}
+
 static void parked_sequences_go_on(void)
 {
     struct fm fm;
@@ -412,6 +436,7 @@ int main(void)
     RUN(pages_alone_return_from_the_host);
     RUN(immediate_copies_need_no_waiting);
     RUN(slow_fetches_are_not_made);
+    RUN(computed_again_is_held_once);
     RUN(parked_sequences_go_on);
     RUN(parking_needs_room);
     RUN(prefixes_survive_a_restart);
