@@ -604,6 +604,10 @@ static int parse_json(struct json_object **out, const char *text, size_t len, co
 {
     if (len > INT_MAX - 1)
         return arle_err_set(err, -EINVAL, "%s: too large", what);
+    bool plain;
+    size_t good = tok_scan((const uint8_t *)text, len, &plain);
+    if (good != len)
+        return arle_err_set(err, -EINVAL, "%s: not valid UTF-8 at byte %zu", what, good);
     struct json_tokener *tk = json_tokener_new_ex(64);
     if (tk == NULL)
         return arle_err_set(err, -ENOMEM, "no memory to read %s", what);
