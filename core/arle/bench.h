@@ -29,6 +29,9 @@ struct bench {
 
 /* Needs a model: opens plugins, reads the configuration of --model or --shape. 0 or exit status, with a line on stderr. */
 int bench_need_model(struct bench *b);
+/* Only the configuration of --model or --shape; and backend, model and device from a registry that somebody else opened. */
+int bench_find_model(struct bench *b);
+int bench_use_plugins(struct bench *b, struct registry *reg, struct arle_err *err);
 /** An engine that the caller turns by hand, without prefix cache unless asked for. */
 int bench_engine(struct bench *b, uint32_t max_seqs, uint32_t context, bool prefix, struct engine **out);
 /** Measures the device's ceilings and keeps the best so far: asked before and after a run, since other work disturbs both. */

@@ -57,22 +57,34 @@ static int find_config(struct bench *b, struct arle_err *err)
     return arle_err_param(err, -ENOENT, "shape", "no shape %s in %s/shapes (or $ARLE_MODELS/shapes)", shape, place_models());
 }
 
+int bench_find_model(struct bench *b)
+{
+    struct arle_err err = ARLE_ERR_INIT;
+    return find_config(b, &err) < 0 ? fail(b, &err) : 0;
+}
+
+int bench_use_plugins(struct bench *b, struct registry *reg, struct arle_err *err)
+{
+    const char *backend = args_str(b->args, "backend");
+    int r = registry_backend(reg, backend != NULL ? backend : "auto", &b->backend, err);
+    if (r == 0)
+        r = registry_model(reg, b->config_json, b->config_len, &b->model, err);
+    if (r == 0) {
+        const struct arle_backend_api *be = b->backend->ops;
+        b->info.struct_size = sizeof b->info;
+        r = be->device_info(b->backend->ctx, 0, &b->info, err);
+    }
+    return r;
+}
+
 int bench_need_model(struct bench *b)
 {
     struct arle_err err = ARLE_ERR_INIT;
-    const char *backend = args_str(b->args, "backend");
     int r = find_config(b, &err);
     if (r == 0)
         r = registry_open(&b->reg, b->cfg, REGISTRY_LENIENT, &err);
     if (r == 0)
-        r = registry_backend(b->reg, backend != NULL ? backend : "auto", &b->backend, &err);
-    if (r == 0)
-        r = registry_model(b->reg, b->config_json, b->config_len, &b->model, &err);
-    if (r == 0) {
-        const struct arle_backend_api *be = b->backend->ops;
-        b->info.struct_size = sizeof b->info;
-        r = be->device_info(b->backend->ctx, 0, &b->info, &err);
-    }
+        r = bench_use_plugins(b, b->reg, &err);
     return r < 0 ? fail(b, &err) : 0;
 }
 

@@ -228,6 +228,8 @@ static int start(struct bench *b, struct own *own, uint32_t most, struct arle_er
     if (r == 0)
         r = host_open(&own->host, own->cfg, true, err);
     if (r == 0)
+        r = bench_use_plugins(b, host_registry(own->host), err);
+    if (r == 0)
         r = host_http_options(own->cfg, &ho, &keys, err);
     if (r == 0) {
         struct served_model *const *models = host_models(own->host, &n);
@@ -287,7 +289,7 @@ int bench_serve(struct bench *b)
     int status = EXIT_OK;
     if (url == NULL) {
         size_t n;
-        status = bench_need_model(b);
+        status = bench_find_model(b);       /* the server opens the plugins: only one registry may, before a GPU is in use */
         if (status == EXIT_OK && start(b, &own, most, &err) < 0)
             status = cmd_fail(b->args, &err);
         if (status == EXIT_OK) {
