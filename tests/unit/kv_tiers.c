@@ -259,7 +259,8 @@ static void damage_on_disk_is_recomputed(void)
     uint32_t cached = 0;
     for (int i = 0; i < 6; i++) {
         struct kv_hit hit = fm_request(&fm, alice, doc + 2000 * i, 800, NULL, 0, doc, 1);
-        EXPECT(hit.cached_tokens <= 768);
+        /* A state may have reached the disk behind the last multiple of 64, depending on when the mover ran. */
+        EXPECT(hit.cached_tokens < 800);
         cached += hit.cached_tokens;
         fake_run_all(&fm.dev);
     }
