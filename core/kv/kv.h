@@ -116,6 +116,10 @@ int kv_seq_resume(struct kv_seq *seq);
 /** Block table, host memory. Entries do not change while the sequence runs, the table only grows; kv_seq_resume makes a new one. */
 const int32_t *kv_seq_pages(const struct kv_seq *seq, uint32_t *out_n);
 int32_t kv_seq_slot(const struct kv_seq *seq);
+/** Asks the caches for what the calls of a step read of a sequence, first its head and, when that has come, where the next token
+ *  goes; NULL is fine. Hints: they change nothing. */
+void kv_seq_prefetch(const struct kv_seq *seq);
+void kv_seq_prefetch_end(const struct kv_seq *seq);
 
 /** Handles finished moves. Returns how many sequences or promotions became ready. Never waits. */
 int kv_poll(struct kv *kv);

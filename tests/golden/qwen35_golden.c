@@ -27,7 +27,12 @@ static void golden(int model, uint32_t compute, const struct bounds *b)
     struct harness_options o = base(model, compute);
     o.sets[0] = extra_set;
     if (golden_open(&g, dirs[model], &err) < 0 || harness_open(&h, &o, &err) < 0) {
-        TAP_FAIL("%s: %s", models[model], err.msg);
+        if (strstr(err.msg, "lacks the instructions") != NULL)
+            tap_skip = "this machine lacks the instructions";
+        else
+            TAP_FAIL("%s: %s", models[model], err.msg);
+        if (g != NULL)
+            golden_close(g);
         return;
     }
     EXPECT_EQ(harness_desc(h)->has_drafter, model == 0);
@@ -65,15 +70,15 @@ static void micro_f32(void) { golden(1, ARLE_F32, &f32); }
 static void moe_f32(void) { golden(2, ARLE_F32, &f32); }
 static void tiny_bf16(void) { golden(0, ARLE_BF16, &bf16); }
 /* Instruction sets add in other orders and round in other places; none may drift. Those that the machine lacks fall back. */
-static void tiny_bf16_on_other_kernels(void)
+static void tiny_bf16_with(const char *isa)
 {
-    static const char *const isa[] = { "backend-cpu.isa=reference", "backend-cpu.isa=avx2", "backend-cpu.isa=avx512" };
-    for (size_t i = 0; i < sizeof isa / sizeof isa[0]; i++) {
-        extra_set = isa[i];
-        golden(0, ARLE_BF16, &bf16);
-    }
+    extra_set = isa;
+    golden(0, ARLE_BF16, &bf16);
     extra_set = NULL;
 }
+static void tiny_bf16_on_reference(void) { tiny_bf16_with("backend-cpu.isa=reference"); }
+static void tiny_bf16_on_avx2(void) { tiny_bf16_with("backend-cpu.isa=avx2"); }
+static void tiny_bf16_on_avx512(void) { tiny_bf16_with("backend-cpu.isa=avx512"); }
 static void micro_bf16(void) { golden(1, ARLE_BF16, &bf16); }
 static void moe_bf16(void) { golden(2, ARLE_BF16, &bf16); }
 
@@ -361,7 +366,9 @@ int main(int argc, char **argv)
     CASE(micro_f32);
     CASE(moe_f32);
     CASE(tiny_bf16);
-    CASE(tiny_bf16_on_other_kernels);
+    CASE(tiny_bf16_on_reference);
+    CASE(tiny_bf16_on_avx2);
+    CASE(tiny_bf16_on_avx512);
     CASE(micro_bf16);
     CASE(moe_bf16);
     CASE(same_bits_tiny_f32);
