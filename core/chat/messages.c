@@ -138,6 +138,17 @@ static bool tool_name_ok(const char *name, size_t len)
     return true;
 }
 
+/* A history may hold what a model made up: any name that a call can be written with. */
+static bool called_name_ok(const char *name, size_t len)
+{
+    if (len == 0 || len > 256)
+        return false;
+    for (size_t i = 0; i < len; i++)
+        if ((unsigned char)name[i] < 0x20 || strchr("<>\"", name[i]) != NULL)
+            return false;
+    return true;
+}
+
 static int add_call(struct json_object *call, const char *at, struct json_object *calls, struct arle_err *err)
 {
     struct json_object *fn = NULL;
@@ -158,9 +169,9 @@ static int add_call(struct json_object *call, const char *at, struct json_object
     if (r < 0)
         return r;
     path_of(path, fn_at, "name");
-    if (r == 0 || !tool_name_ok(name, len))
-        return arle_err_param(err, r == 0 ? -ENODATA : -EINVAL, path, "'%s' must be a name of 1 to 64 letters, digits and _.:/-",
-                              path);
+    if (r == 0 || !called_name_ok(name, len))
+        return arle_err_param(err, r == 0 ? -ENODATA : -EINVAL, path,
+                              "'%s' must be a name of 1 to 256 bytes, without control characters, quotes and angle brackets", path);
     r = jfield_str(call, at, "id", &id, NULL, err);
     if (r < 0)
         return r;

@@ -86,7 +86,6 @@ static void delta(struct choice *ch, const char *type, const char *field, const 
 
 void messages_event(struct choice *ch, const struct chat_event *ev)
 {
-    struct call_text *c;
     struct sbuf head = SBUF_INIT;
     messages_begin(ch);
     switch (ev->kind) {
@@ -99,10 +98,9 @@ void messages_event(struct choice *ch, const struct chat_event *ev)
         delta(ch, "text_delta", "text", ev->text, ev->len);
         break;
     case CHAT_CALL_START:
-        c = write_open_call(ch, ev->call);
-        if (c == NULL)
+        if (ev->call >= ch->n_calls)
             break;
-        sbuf_fmt(&head, "{\"type\":\"tool_use\",\"id\":\"%s\",\"input\":{},\"name\":", c->id);
+        sbuf_fmt(&head, "{\"type\":\"tool_use\",\"id\":\"%s\",\"input\":{},\"name\":", ch->calls[ev->call].id);
         sbuf_json_str(&head, ev->text, ev->len);
         sbuf_char(&head, '}');
         open_block(ch, ev->kind, sbuf_text(&head));

@@ -82,6 +82,79 @@ def tools():
     ok(status == 200 and "tool_calls" not in first(body)["message"], "tool_choice none", body)
 
 
+def ids_in(ids, part):
+    return any(ids[i:i + len(part)] == part for i in range(len(ids) - len(part) + 1))
+
+
+def answer(body, streamed):
+    """(message to send back, prompt ids, answer ids, usage)"""
+    body = dict(body, return_token_ids=True)
+    if not streamed:
+        status, whole = server.post(CHAT, body)
+        return first(whole)["message"], whole["prompt_token_ids"], first(whole)["token_ids"], whole["usage"]
+    chunks, finished = server.stream(CHAT, dict(body, stream_options={"include_usage": True}))
+    m = join_chunks(chunks)[0]
+    message = {"role": "assistant", "content": m["content"], "reasoning_content": m["reasoning_content"], "tool_calls": [
+        {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in m["tool_calls"]]}
+    return message, chunks[0]["choices"][0]["prompt_token_ids"], m["token_ids"], chunks[-1]["usage"]
+
+
+def histories():
+    """A call that comes back renders to the tokens that were sampled, also where the model did not keep to its format."""
+    odd = {"logit_bias": {"4093": -100}}        # without its closing tag, the model ends calls in a way of its own
+    for name, extra in (("regular", {}), ("irregular", odd), ("reasoning", {"reasoning_effort": "high"}),
+                        ("irregular reasoning", dict(odd, reasoning_effort="high"))):
+        for streamed in (False, True):
+            title = "history, %s%s: " % (name, ", streamed" if streamed else "")
+            ask = user("How many files are in /tmp?", tools=SHELL, max_tokens=60, cache_salt=title, **extra)
+            message, prompt, said, usage = answer(ask, streamed)
+            if not ok(message.get("tool_calls"), title + "there is a call", message):
+                continue
+            result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "7"}
+            after = dict(ask, messages=ask["messages"] + [message, result])
+            _, prompt2, _, usage2 = answer(after, streamed)
+            equal(prompt2[:len(prompt) + len(said)], prompt + said, title + "the next prompt begins with prompt and answer")
+            cached = usage2["prompt_tokens_details"]["cached_tokens"]
+            ok(cached >= len(prompt) + len(said) - 1, title + "which are cached: %d of %d" % (cached, len(prompt2)), usage2)
+            equal(server.post("/v1/render", after)[1]["token_ids"], prompt2, title + "render shows the same")
+            edited = json.loads(json.dumps(message))
+            edited["tool_calls"][0]["function"]["arguments"] = '{"command": "ls -la /srv"}'
+            text = server.post("/v1/render", dict(ask, messages=ask["messages"] + [edited, result]))[1]["prompt"]
+            ok("<tool_call>\n<function=shell>\n<parameter=command>\nls -la /srv\n</parameter>\n</function>\n</tool_call>" in text,
+               title + "edited arguments are rendered", text[-400:])
+            spaced = json.loads(json.dumps(message))
+            call = spaced["tool_calls"][0]["function"]
+            call["arguments"] = json.dumps(json.loads(call["arguments"]), indent=3)
+            equal(server.post("/v1/render", dict(ask, messages=ask["messages"] + [spaced, result]))[1]["token_ids"], prompt2,
+                  title + "arguments written anew are no edit")
+            unknown = json.loads(json.dumps(message))
+            unknown["tool_calls"][0]["id"] = "call_0"
+            unknown["tool_calls"][0]["raw"] = {"text": ["<|im_end|>"]}
+            regular = server.post("/v1/render", dict(ask, messages=ask["messages"] + [unknown, result]))[1]["token_ids"]
+            equal(ids_in(regular, said), "irregular" not in name, title + "an unknown id renders in the regular form")
+    ok(server.metric("arle_calls_kept") >= 8 and server.metric("arle_calls_kept_bytes") > 0
+       and server.metric("arle_calls_recalled_total") >= 24 and server.metric("arle_calls_unknown_total") >= 16, "calls are counted")
+
+
+def histories_of_tenants():
+    odd = {"logit_bias": {"4093": -100}, "max_tokens": 60}
+    with Arled(settings={"auth.keys": "alice:a-1 alice:a-2 bob:b-1", "model tiny.kept_calls": "2"}) as s:
+        key = lambda k: {"headers": {"x-api-key": k}}
+        ask = user("How many files are in /tmp?", tools=SHELL, return_token_ids=True, **odd)
+        message = first(s.post(CHAT, ask, **key("a-1"))[1])["message"]
+        after = dict(ask, messages=ask["messages"] + [message])
+        after.pop("return_token_ids")
+        alice, again, bob = (s.post("/v1/render", after, **key(k))[1]["prompt"] for k in ("a-1", "a-2", "b-1"))
+        ok(alice == again and alice != bob and "destroyer" in bob, "a tenant's calls are its own", (alice[-300:], bob[-300:]))
+        for _ in range(2):
+            s.post(CHAT, ask, **key("b-1"))
+        equal(s.post("/v1/render", after, **key("a-1"))[1]["prompt"], bob, "the oldest are forgotten")
+    with Arled(settings={"model tiny.kept_calls": "0"}) as s:
+        message = first(s.post(CHAT, user("How many files are in /tmp?", tools=SHELL, **odd))[1])["message"]
+        after["messages"][1] = message
+        equal(s.post("/v1/render", after)[1]["prompt"], bob, "kept_calls = 0 keeps none")
+
+
 def reasoning():
     status, body = server.post(CHAT, user("What is 48 + 37?", reasoning_effort="high"))
     m = first(body)["message"]
@@ -265,7 +338,7 @@ def openai_package():
         equal(e.param, "temperature", "openai: bad range raises")
 
 
-for fn in (models_and_health, plain_answer, streaming_equals_whole, tools, reasoning, stop_strings, completions, logprobs, sampling,
+for fn in (models_and_health, plain_answer, streaming_equals_whole, tools, histories, histories_of_tenants, reasoning, stop_strings, completions, logprobs, sampling,
            tokens, metrics, concurrent_mix, cached_prefix,
            special_literals, keys, openai_package):
     case(fn)

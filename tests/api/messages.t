@@ -96,6 +96,28 @@ def tool_loop():
         {"role": "user", "content": "How many files are in /tmp?"}, {"role": "assistant", "content": m["content"]},
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call["id"], "content": [{"type": "text", "text": "7"}]}]}]))
     ok(status == 200 and m["stop_reason"] == "end_turn" and m["content"], "tool_result is answered", m)
+    # A call that comes back is what was sampled, whichever dialect it went out in.
+    ask = body("How many files are in /tmp?", tools=TOOL)
+    chat = {"temperature": 0, "max_tokens": 100, "messages": ask["messages"], "return_token_ids": True, "logit_bias": {"4093": -100},
+            "tools": [{"type": "function", "function": {"name": "shell", "description": "Run a command", "parameters": TOOL[0]["input_schema"]}}]}
+    first = server.post("/v1/chat/completions", chat)[1]
+    call = first["choices"][0]["message"]["tool_calls"][0]
+    said = first["choices"][0]["message"]["content"]
+    use = {"type": "tool_use", "id": call["id"], "name": "shell", "input": json.loads(call["function"]["arguments"])}
+    back = lambda use: server.post(URL + "/count_tokens", {"tools": TOOL, "messages": ask["messages"] + [
+        {"role": "assistant", "content": [{"type": "text", "text": said}, use]}, {"role": "user", "content": "x"}]})[1]["input_tokens"]
+    regular = back(dict(use, id="call_0"))
+    whole = len(first["prompt_token_ids"]) + len(first["choices"][0]["token_ids"])
+    ok(back(use) != regular and back(dict(use, input={"command": "ls"})) < regular, "tool_use that is known renders as sampled", (whole, regular))
+    for streamed in (False, True):
+        b = body("How many files are in /tmp?", tools=TOOL)
+        m = joined(events(b)) if streamed else server.post(URL, b)[1]
+        kept = server.metric("arle_calls_recalled_total")
+        after = dict(b, messages=b["messages"] + [{"role": "assistant", "content": m["content"]}, {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": m["content"][-1]["id"], "content": "7"}]}])
+        m = server.post(URL, after)[1]
+        ok(server.metric("arle_calls_recalled_total") == kept + 1 and m["usage"]["cache_read_input_tokens"] > 200,
+           "a history of tool_use, %s" % ("streamed" if streamed else "whole"), m["usage"])
 
 
 def counting():

@@ -183,6 +183,11 @@ static void conversations_become_canonical(void)
                  "{\"messages\":[{\"role\":\"assistant\",\"content\":\"\",\"reasoning_content\":\"r\",\"tool_calls\":[{\"id\":\"c1\","
                  "\"name\":\"f\",\"arguments\":{\"b\":1,\"a\":[2]}}]},{\"role\":\"tool\",\"content\":\"ok\",\"tool_call_id\":\"c1\"}]"
                  TAIL);
+    /* What only the host may say is dropped; a name that a model made up is taken back. */
+    conversation("{\"messages\":[{\"role\":\"assistant\",\"content\":\"a\",\"raw_content\":\"b\",\"raw\":{},\"tool_calls\":[{\"id\":\"c1\","
+                 "\"raw\":{\"text\":[\"<|im_end|>\"]},\"function\":{\"name\":\"do it\",\"raw\":{\"text\":[]},\"arguments\":{}}}]}]}", 0,
+                 "{\"messages\":[{\"role\":\"assistant\",\"content\":\"a\",\"tool_calls\":[{\"id\":\"c1\",\"name\":\"do it\",\"arguments\":{}}]}]"
+                 TAIL);
     conversation("{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"reasoning_effort\":\"none\","
                  "\"chat_template_kwargs\":{\"k\":1}}", 0,
                  "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"options\":{\"reasoning_effort\":\"none\","
