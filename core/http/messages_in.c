@@ -182,7 +182,40 @@ static int take_message(struct conversion *c, struct json_object *msg, size_t i)
     return r;
 }
 
-static int take_messages(struct conversion *c, struct json_object *body)
+/* An answer goes on where the last message ends, if that is the assistant's. */
+static int take_last(struct conversion *c, size_t i, struct json_object *out)
+{
+    struct json_object *last = json_object_array_get_idx(c->list, json_object_array_length(c->list) - 1), *v;
+    char path[64];
+    if (!jfield_get(last, "role", &v) || strcmp(json_object_get_string(v), "assistant") != 0)
+        return 0;
+    snprintf(path, sizeof path, "messages[%zu].content", i);
+    if (jfield_get(last, "tool_calls", &v))
+        return refuse(c, -EINVAL, path, "ends with a tool_use; its tool_result must follow");
+    json_object_object_add(out, "continue_final_message", json_object_new_boolean(true));
+    return 0;
+}
+
+/* Fields that change nothing here must have their type all the same. */
+static int check_unused(struct conversion *c, struct json_object *body)
+{
+    struct json_object *metadata = NULL;
+    const char *text = NULL;
+    int r = jfield_object(body, "", "metadata", &metadata, c->err);
+    if (r > 0) {
+        json_object_object_foreach(metadata, key, value)
+            if (value != NULL && strcmp(key, "user_id") != 0)
+                return refuse(c, -ENOKEY, "metadata", "may hold user_id only");
+        r = jfield_str(metadata, "metadata.", "user_id", &text, NULL, c->err);
+    }
+    if (r >= 0)
+        r = jfield_str(body, "", "service_tier", &text, NULL, c->err);
+    if (r > 0 && strcmp(text, "auto") != 0 && strcmp(text, "standard_only") != 0)
+        return refuse(c, -EINVAL, "service_tier", "must be auto or standard_only");
+    return r < 0 ? r : 0;
+}
+
+static int take_messages(struct conversion *c, struct json_object *body, struct json_object *out)
 {
     struct json_object *list = NULL, *system = NULL;
     int r = jfield_array(body, "", "messages", &list, c->err);
@@ -202,7 +235,7 @@ static int take_messages(struct conversion *c, struct json_object *body)
     r = 0;
     for (size_t i = 0; i < json_object_array_length(list) && r == 0; i++)
         r = take_message(c, json_object_array_get_idx(list, i), i);
-    return r;
+    return r < 0 ? r : take_last(c, json_object_array_length(list) - 1, out);
 }
 
 /* ---- the rest of the body ---- */
@@ -299,7 +332,9 @@ static int take_body(struct conversion *c, struct json_object *body, bool count_
         if (jfield_get(body, same[i][0], &v))
             json_object_object_add(out, same[i][1], json_object_get(v));
     if (r == 0)
-        r = take_messages(c, body);
+        r = check_unused(c, body);
+    if (r == 0)
+        r = take_messages(c, body, out);
     if (r == 0)
         r = take_tools(c, body, out);
     if (r == 0)

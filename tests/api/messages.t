@@ -120,6 +120,16 @@ def tool_loop():
            "a history of tool_use, %s" % ("streamed" if streamed else "whole"), m["usage"])
 
 
+def prefill():
+    """An assistant's message at the end is gone on with."""
+    ask = body("x", messages=[{"role": "user", "content": "What is the capital of Japan?"}, {"role": "assistant", "content": "The capital of"}])
+    status, m = server.post(URL, ask)
+    equal((status, m["content"][0]["text"]), (200, " Japan is Tokyo."), "a last message of the assistant's is continued")
+    ask["messages"][1]["content"] = [{"type": "tool_use", "id": "a", "name": "shell", "input": {}}]
+    status, e = server.post(URL, ask)
+    equal((status, e["error"]["param"]), (400, "messages[1].content"), "but not a tool_use without its result")
+
+
 def counting():
     status, c = server.post(URL + "/count_tokens", {"model": "tiny", "messages": [{"role": "user", "content": "What is the capital of Japan?"}]})
     equal((status, c), (200, {"input_tokens": 19}), "count_tokens")
@@ -137,6 +147,8 @@ def refusals():
         ("tool_result without id", {"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, 400, "invalid_request_error",
          "messages[0].content[0]"),
         ("tool_choice any", {"tools": TOOL, "tool_choice": {"type": "any"}}, 400, "invalid_request_error", "tool_choice.type"),
+        ("metadata", {"metadata": 1}, 400, "invalid_request_error", "metadata"),
+        ("service_tier", {"service_tier": "gold"}, 400, "invalid_request_error", "service_tier"),
         ("temperature", {"temperature": 3}, 400, "invalid_request_error", "temperature"),
         ("stop_sequences", {"stop_sequences": "x"}, 400, "invalid_request_error", "stop_sequences"),
         ("stop sequence empty", {"stop_sequences": [""]}, 400, "invalid_request_error", "stop_sequences"),
@@ -152,7 +164,7 @@ def refusals():
     ok(got == 400 and e["type"] == "error", "refused: not JSON", e)
 
 
-for fn in (plain, streamed, tool_loop, counting, refusals):
+for fn in (plain, streamed, tool_loop, prefill, counting, refusals):
     case(fn)
 equal(server.stop(), 0, "ends cleanly")
 done()
