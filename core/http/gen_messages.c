@@ -179,8 +179,8 @@ void messages_error(struct sbuf *out, const struct arle_err *err)
                        : status == 429 ? "rate_limit_error" : status == 503 ? "overloaded_error" : status == 504 ? "timeout_error"
                        : status >= 500 ? "api_error" : "invalid_request_error";
     sbuf_fmt(out, "{\"type\":\"error\",\"error\":{\"type\":\"%s\",\"message\":", type);
-    sbuf_json_cstr(out, err->msg);
+    reply_error_text(out, err->msg);
     sbuf_str(out, ",\"param\":");
-    sbuf_json_cstr(out, err->param[0] ? err->param : NULL);
+    reply_error_text(out, err->param[0] ? err->param : NULL);
     sbuf_str(out, "}}");
 }

@@ -182,6 +182,43 @@ def stop_strings():
     ok(server.wait_idle(), "stopped answers end in the engine, too")
 
 
+def streams_of_many():
+    """Several sampled answers at once: no piece holds half a character or a part of a stop string, and usage counts all tokens."""
+    for seed in range(4):
+        body = user("Tell me a story about a fox.", n=4, seed=seed, temperature=1.7, max_tokens=40, stop=["he", "\n\n", "a s"],
+                    return_token_ids=True)
+        status, whole = server.post(CHAT, body)
+        chunks, finished = server.stream(CHAT, dict(body, stream_options={"include_usage": True}))
+        joined = join_chunks(chunks)
+        want = {c["index"]: (c["message"]["content"] or "", c["finish_reason"], c["token_ids"]) for c in whole["choices"]}
+        equal({i: (m["content"], m["finish_reason"], m["token_ids"]) for i, m in joined.items()}, want, "seed %d: streamed equals whole" % seed)
+        ok(not any(s in text for text, _, _ in want.values() for s in body["stop"]), "seed %d: no stop string" % seed, want)
+        ok({r for _, r, _ in want.values()} <= {"stop", "length"} and all((r == "length") <= (len(ids) == 40) for _, r, ids in want.values()),
+           "seed %d: finish_reason" % seed, want)
+        n = sum(len(ids) for _, _, ids in want.values())
+        ok(whole["usage"]["completion_tokens"] >= n and chunks[-1]["usage"]["completion_tokens"] >= n, "seed %d: usage" % seed, (n, whole["usage"]))
+    text = "\U0001f98a\u00e9\u6f22"
+    ids = server.post("/tokenize", {"prompt": text, "allow_special": False})[1]["tokens"]
+    ok(len(ids) > 3, "characters of several tokens", ids)
+    chunks, finished = server.stream(COMP, {"prompt": "x", "max_tokens": 30, "temperature": 2.0, "seed": 1, "logit_bias": {str(i): 30 for i in ids}})
+    got = join_chunks(chunks)[0]["text"]
+    whole = first(server.post(COMP, {"prompt": "x", "max_tokens": 30, "temperature": 2.0, "seed": 1, "logit_bias": {str(i): 30 for i in ids}})[1])["text"]
+    equal(got, whole, "pieces of characters: streamed equals whole")
+
+
+def hang_ups():
+    body = user("Tell me a story about a fox.", n=3, ignore_eos=True, max_tokens=4000)
+    for streamed in (True, False):
+        for wait in (0, 0.3):
+            s = server.open_stream(CHAT, dict(body)) if streamed else socket.create_connection((server.host, server.port))
+            if not streamed:
+                data = json.dumps(body).encode()
+                s.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(data)) + data)
+            time.sleep(wait)
+            s.close()
+            ok(server.wait_idle(10), "a client that hangs up after %.1f s, %s, leaves nothing running" % (wait, "streamed" if streamed else "whole"))
+
+
 def completions():
     g = GOLDEN["chat_capital"]
     base = {"model": "tiny", "temperature": 0, "max_tokens": 12, "return_token_ids": True}
@@ -338,7 +375,8 @@ def openai_package():
         equal(e.param, "temperature", "openai: bad range raises")
 
 
-for fn in (models_and_health, plain_answer, streaming_equals_whole, tools, histories, histories_of_tenants, reasoning, stop_strings, completions, logprobs, sampling,
+for fn in (models_and_health, plain_answer, streaming_equals_whole, tools, histories, histories_of_tenants, reasoning,
+           stop_strings, streams_of_many, hang_ups, completions, logprobs, sampling,
            tokens, metrics, concurrent_mix, cached_prefix,
            special_literals, keys, openai_package):
     case(fn)
