@@ -147,7 +147,7 @@ static int read_bias(struct gen_params *p, struct json_object *body, uint32_t vo
         char *end;
         errno = 0;
         long id = strtol(key, &end, 10);
-        if (*key == '\0' || *end != '\0' || errno != 0 || id < 0 || id >= (long)vocab)
+        if (strspn(key, "0123456789") != strlen(key) || *key == '\0' || *end != '\0' || errno != 0 || id < 0 || id >= (long)vocab)
             return arle_err_param(err, -ERANGE, "logit_bias", "'logit_bias': \"%.40s\" is not a token id below %u", key, vocab);
         if (!json_object_is_type(value, json_type_int) && !json_object_is_type(value, json_type_double))
             return jfield_wrong_type("logit_bias.", key, "a number", value, err);
@@ -240,7 +240,13 @@ static int read_stream(struct gen_params *p, struct json_object *body, struct ar
         return r;
     if (!p->stream)
         return arle_err_param(err, -EINVAL, "stream_options", "'stream_options' is only allowed when 'stream' is true");
+    bool obfuscation;
+    json_object_object_foreach(opts, key, value)
+        if (value != NULL && strcmp(key, "include_usage") != 0 && strcmp(key, "include_obfuscation") != 0)
+            return arle_err_param(err, -ENOKEY, "stream_options", "unknown field 'stream_options.%.80s'", key);
     r = jfield_bool(opts, "stream_options.", "include_usage", &p->include_usage, err);
+    if (r >= 0)
+        r = jfield_bool(opts, "stream_options.", "include_obfuscation", &obfuscation, err);
     return r < 0 ? r : 0;
 }
 

@@ -261,6 +261,10 @@ static int take_tools(struct conversion *c, struct json_object *body, struct jso
         json_object_object_add(envelope, "type", json_object_new_string("function"));
         json_object_object_add(envelope, "function", fn);
         json_object_array_add(tools, envelope);
+        const char *text;
+        int bad = jfield_str(tool, "", "description", &text, NULL, NULL);
+        if (bad < 0)
+            return refuse(c, bad, path, "has a description that is not text");
         static const char *const pairs[][2] = { { "name", "name" }, { "description", "description" }, { "input_schema", "parameters" } };
         for (size_t k = 0; k < 3; k++)
             if (jfield_get(tool, pairs[k][0], &v))
@@ -288,9 +292,12 @@ static int take_thinking(struct conversion *c, struct json_object *body, struct 
 {
     struct json_object *thinking = NULL;
     const char *type = NULL;
+    int64_t budget;
     int r = jfield_object(body, "", "thinking", &thinking, c->err);
     if (r <= 0)
         return r;
+    if (jfield_i64(thinking, "thinking.", "budget_tokens", 1, INT32_MAX, &budget, c->err) < 0)
+        return c->err->code;
     if (jfield_str(thinking, "", "type", &type, NULL, NULL) <= 0)
         return refuse(c, -ENODATA, "thinking.type", "must be a string");
     bool on = strcmp(type, "enabled") == 0 || strcmp(type, "adaptive") == 0;

@@ -93,6 +93,22 @@ def rows():
          tools=[{"type": "function", "function": {}}])
     chat("over-long prompt", 400, "context_length_exceeded", "messages",
          messages=[{"role": "user", "content": "a b c d e f g h " * 4000}])
+    said = lambda **k: USER + [dict({"role": "assistant", "content": "a"}, **k)] + USER
+    called = lambda **k: said(tool_calls=[dict({"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}, **k)])
+    tool = lambda **k: [{"type": "function", "function": dict({"name": "f"}, **k)}]
+    chat("name of a wrong type", 400, "invalid_type", "messages[0].name", messages=[dict(USER[0], name=5)])
+    chat("refusal of a wrong type", 400, "invalid_type", "messages[1].refusal", messages=said(refusal=[]))
+    chat("function_call", 400, "unsupported_value", "messages[1].function_call", messages=said(function_call={"name": "f"}))
+    chat("tool_calls of a user", 400, "invalid_value", "messages[0].tool_calls", messages=[dict(USER[0], tool_calls=[{}])])
+    chat("call of another type", 400, "unsupported_value", "messages[1].tool_calls[0].type", messages=called(type="custom"))
+    chat("call with arguments that are no JSON", 400, "invalid_value", "messages[1].tool_calls[0].function.arguments",
+         messages=called(function={"name": "f", "arguments": "{"}))
+    chat("description of a wrong type", 400, "invalid_type", "tools[0].function.description", tools=tool(description=5))
+    chat("strict of a wrong type", 400, "invalid_type", "tools[0].function.strict", tools=tool(strict="yes"))
+    chat("parameters of a wrong type", 400, "invalid_type", "tools[0].function.parameters", tools=tool(parameters=[]))
+    chat("unknown stream option", 400, "unknown_parameter", "stream_options", stream=True, stream_options={"usage": True})
+    for key in (" 1", "+1", "1.0", "-1", ""):
+        chat("logit_bias of %r" % key, 400, "invalid_value", "logit_bias", logit_bias={key: 1})
     chat("seed beyond 64 bits", 400, "invalid_value", "seed", seed=2**63)
     chat("a NUL in the model's name", 400, "invalid_value", "model", model="tiny\0x")
     chat("a NUL in a role", 400, "invalid_value", "messages[0].role", messages=[{"role": "user\0x", "content": "x"}])

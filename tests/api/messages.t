@@ -147,6 +147,8 @@ def refusals():
         ("tool_result without id", {"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, 400, "invalid_request_error",
          "messages[0].content[0]"),
         ("tool_choice any", {"tools": TOOL, "tool_choice": {"type": "any"}}, 400, "invalid_request_error", "tool_choice.type"),
+        ("budget_tokens", {"thinking": {"type": "enabled", "budget_tokens": "many"}}, 400, "invalid_request_error", "thinking.budget_tokens"),
+        ("description", {"tools": [dict(TOOL[0], description=5)]}, 400, "invalid_request_error", "tools[0]"),
         ("metadata", {"metadata": 1}, 400, "invalid_request_error", "metadata"),
         ("service_tier", {"service_tier": "gold"}, 400, "invalid_request_error", "service_tier"),
         ("temperature", {"temperature": 3}, 400, "invalid_request_error", "temperature"),
