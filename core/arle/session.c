@@ -216,7 +216,7 @@ int session_answer(struct session *s, struct json_object *body, chat_event_fn on
     if (r == 0)
         r = chat_request_from_body(body, s->m->chat_options, p.use_tools, &conversation, err);
     if (r == 0)
-        r = prompt_render(&prompt, s->m, conversation, err);
+        r = prompt_render(&prompt, s->m, "", conversation, err);
     if (r == 0 && p.use_tools)
         json_object_object_get_ex(body, "tools", &tools);
     if (r == 0) {

@@ -33,6 +33,7 @@ struct automaton {
     enum state state;
     struct sbuf buf;
     size_t at;              /* consumed part of buf */
+    size_t dropped;         /* bytes of the output before buf */
     struct sbuf ws;         /* whitespace after the last text event, not emitted yet */
     bool skip_ws;           /* whitespace before the next text is dropped: the text follows a call */
     bool any_text;          /* a text event of the current kind was emitted or is held */
@@ -40,7 +41,10 @@ struct automaton {
     unsigned newlines;      /* newlines skipped after reasoning */
     bool truncated, oom;
 
+    int64_t reasoning_end;
+
     uint32_t n_calls, n_done;
+    struct call_span *spans; uint32_t cap_spans;        /* [n_calls] */
     char *name, *key;
     char **keys;            /* [n_keys] parameter names of the open call */
     uint32_t n_keys;
@@ -211,6 +215,7 @@ static void leave_reasoning(struct automaton *a, enum state next)
     a->state = next;
     a->newlines = 0;
     a->last = '\n';
+    a->reasoning_end = (int64_t)(a->dropped + a->at);
 }
 
 /* Output may repeat the opening tag, or bring it when the prompt did not. */
@@ -270,6 +275,7 @@ static bool step_after_reason(struct automaton *a, const char *p, size_t n)
     for (; n > 0 && a->newlines < 2 && *p == '\n'; p++, n--) {
         a->newlines++;
         a->at++;
+        a->reasoning_end++;
     }
     if (n == 0 && a->newlines < 2)
         return false;
@@ -286,8 +292,26 @@ static void forget_keys(struct automaton *a)
     a->n_keys = 0;
 }
 
-static void begin_call(struct automaton *a, const char *p, const struct head *h)
+static bool add_span(struct automaton *a, bool opens)
 {
+    if (a->n_calls == a->cap_spans) {
+        uint32_t cap = a->cap_spans ? 2 * a->cap_spans : 4;
+        struct call_span *p = realloc(a->spans, cap * sizeof *p);
+        if (p == NULL)
+            return false;
+        a->spans = p;
+        a->cap_spans = cap;
+    }
+    a->spans[a->n_calls] = (struct call_span){ .from = a->dropped + a->at, .opens = opens };
+    return true;
+}
+
+static void begin_call(struct automaton *a, const char *p, const struct head *h, bool opens)
+{
+    if (!add_span(a, opens)) {
+        a->oom = true;
+        return;
+    }
     sbuf_reset(&a->ws);
     a->at += h->len;
     free(a->name);
@@ -305,6 +329,8 @@ static void end_call(struct automaton *a, bool complete)
 {
     emit(a, CHAT_CALL_ARGS, "}", 1);
     emit(a, CHAT_CALL_END, "", 0);
+    a->spans[a->n_calls - 1].to = a->dropped + a->at;
+    a->spans[a->n_calls - 1].complete = complete;
     a->n_done += complete;
     a->truncated |= !complete;
     a->state = AFTER_CALL;
@@ -479,11 +505,12 @@ static bool step_after_call(struct automaton *a, const char *p, size_t n, bool e
     enum match next = a->syn.many_sections ? call_head(a, p, n, true, &h) : NO;
     if (close == YES) {
         a->at += strlen(a->syn.section_close);
+        a->spans[a->n_calls - 1].to = a->dropped + a->at;
         enter_content(a);
         return true;
     }
     if (here == YES || next == YES) {
-        begin_call(a, p, here == YES ? &bare : &h);
+        begin_call(a, p, here == YES ? &bare : &h, here != YES || blank(a->syn.section_open));
         return true;
     }
     if ((close == MAYBE || here == MAYBE || next == MAYBE) && !eof)
@@ -517,7 +544,7 @@ static bool step_content(struct automaton *a, const char *p, size_t n, bool eof)
         emit_text(a, p, i);
         a->at += i;
         if (m == YES) {
-            begin_call(a, p + i, &h);
+            begin_call(a, p + i, &h, true);
             return true;
         }
         if (eof) {
@@ -563,6 +590,7 @@ struct automaton *automaton_create(const struct automaton_opts *opts)
     if (blank(a->syn.call_open) || blank(a->syn.name_end) || blank(a->syn.call_close))
         a->o.parse_calls = false;
     a->last = '\n';
+    a->reasoning_end = -1;
     a->state = opts->starts_in_reasoning ? REASON_START : blank(a->syn.reason_open) ? CONTENT : START;
     return a;
 }
@@ -573,6 +601,7 @@ void automaton_destroy(struct automaton *a)
         return;
     forget_keys(a);
     free(a->keys);
+    free(a->spans);
     free(a->name);
     free(a->key);
     sbuf_fini(&a->buf);
@@ -587,6 +616,7 @@ static int run(struct automaton *a, bool eof)
     while (!a->oom && step(a, eof))
         ;
     sbuf_drop(&a->buf, a->at);
+    a->dropped += a->at;
     a->at = 0;
     a->oom |= a->buf.failed || a->ws.failed || a->val.failed || a->json.failed;
     return a->oom ? -ENOMEM : 0;
@@ -621,4 +651,15 @@ bool automaton_in_reasoning(const struct automaton *a)
 bool automaton_truncated(const struct automaton *a)
 {
     return a->truncated;
+}
+
+const struct call_span *automaton_spans(const struct automaton *a, uint32_t *n)
+{
+    *n = a->n_calls;
+    return a->spans;
+}
+
+int64_t automaton_reasoning_end(const struct automaton *a)
+{
+    return a->reasoning_end;
 }

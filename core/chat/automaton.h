@@ -37,6 +37,13 @@ struct chat_event {
 
 typedef void (*chat_event_fn)(void *arg, const struct chat_event *ev);
 
+/* Where a call stands in the output: byte offsets into everything that was pushed. */
+struct call_span {
+    size_t from, to;        /* from its section_open or call_open; up to its last tag, a section_close included */
+    bool opens;             /* it begins a section; otherwise it stands in the section of the call before */
+    bool complete;          /* it was not cut off by the end of the output */
+};
+
 struct automaton_opts {
     const struct arle_output_syntax *syntax;    /* borrowed; NULL: everything is content */
     struct json_object *tools;                  /* borrowed; schemas for coercion, or NULL */
@@ -64,5 +71,9 @@ uint32_t automaton_calls(const struct automaton *a);
 bool automaton_in_reasoning(const struct automaton *a);
 /** The output ended inside a call. */
 bool automaton_truncated(const struct automaton *a);
+/** [*n], one per call that began. Lives until the next push. */
+const struct call_span *automaton_spans(const struct automaton *a, uint32_t *n);
+/** Offset at which reasoning and the newlines after it ended; -1 when the output has none that ended. */
+int64_t automaton_reasoning_end(const struct automaton *a);
 
 #endif

@@ -138,16 +138,33 @@ static bool tool_name_ok(const char *name, size_t len)
     return true;
 }
 
+/* A history may hold what a model made up: any name that a call can be written with. */
+static bool called_name_ok(const char *name, size_t len)
+{
+    if (len == 0 || len > 256)
+        return false;
+    for (size_t i = 0; i < len; i++)
+        if ((unsigned char)name[i] < 0x20 || strchr("<>\"", name[i]) != NULL)
+            return false;
+    return true;
+}
+
 static int add_call(struct json_object *call, const char *at, struct json_object *calls, struct arle_err *err)
 {
     struct json_object *fn = NULL;
-    const char *name = NULL, *id = NULL;
+    const char *name = NULL, *id = NULL, *type = "function";
     size_t len = 0;
     char path[PATH], fn_at[PATH];
     path_of_object(path, at);
     if (!json_object_is_type(call, json_type_object))
         return arle_err_param(err, -EPROTO, path, "'%s' must be an object, not %s", path, json_kind(call));
-    int r = jfield_object(call, at, "function", &fn, err);
+    int r = jfield_str(call, at, "type", &type, NULL, err);
+    if (r >= 0 && strcmp(type, "function") != 0) {
+        path_of(path, at, "type");
+        return arle_err_param(err, -ENOTSUP, path, "'%s': only calls of type function are supported, not \"%.40s\"", path, type);
+    }
+    if (r >= 0)
+        r = jfield_object(call, at, "function", &fn, err);
     if (r < 0)
         return r;
     path_of(path, at, "function");
@@ -158,9 +175,9 @@ static int add_call(struct json_object *call, const char *at, struct json_object
     if (r < 0)
         return r;
     path_of(path, fn_at, "name");
-    if (r == 0 || !tool_name_ok(name, len))
-        return arle_err_param(err, r == 0 ? -ENODATA : -EINVAL, path, "'%s' must be a name of 1 to 64 letters, digits and _.:/-",
-                              path);
+    if (r == 0 || !called_name_ok(name, len))
+        return arle_err_param(err, r == 0 ? -ENODATA : -EINVAL, path,
+                              "'%s' must be a name of 1 to 256 bytes, without control characters, quotes and angle brackets", path);
     r = jfield_str(call, at, "id", &id, NULL, err);
     if (r < 0)
         return r;
@@ -213,6 +230,28 @@ static int read_role(struct json_object *msg, const char *at, enum role *out, st
         }
     return arle_err_param(err, -EINVAL, path, "'%s' must be system, developer, user, assistant or tool, not \"%.40s\"", path,
                           role);
+}
+
+/* What a message may hold beside the members that are read: with its type, or not at all where it would say something. */
+static int check_others(struct json_object *msg, const char *at, enum role role, struct arle_err *err)
+{
+    static const char *const not_here[] = { "function_call", "audio" };
+    struct json_object *v;
+    const char *text;
+    char path[PATH];
+    int r = jfield_str(msg, at, "name", &text, NULL, err);
+    if (r >= 0)
+        r = jfield_str(msg, at, "refusal", &text, NULL, err);
+    for (size_t i = 0; r >= 0 && i < sizeof not_here / sizeof not_here[0]; i++)
+        if (jfield_get(msg, not_here[i], &v)) {
+            path_of(path, at, not_here[i]);
+            return arle_err_param(err, -ENOTSUP, path, "'%s' is not supported by this server", path);
+        }
+    if (r < 0 || role == ASSISTANT || !jfield_get(msg, "tool_calls", &v) ||
+        (json_object_is_type(v, json_type_array) && json_object_array_length(v) == 0))
+        return r < 0 ? r : 0;
+    path_of(path, at, "tool_calls");
+    return arle_err_param(err, -EINVAL, path, "'%s': only messages of the assistant's have tool calls", path);
 }
 
 static int add_assistant(struct json_object *msg, const char *at, struct json_object *out, struct arle_err *err)
@@ -279,6 +318,8 @@ static int add_message(struct json_object *msg, size_t i, struct json_object *li
         return arle_err_set(err, -ENOMEM, "no memory for messages");
     json_object_object_add(out, "role", json_object_new_string(role_names[role]));
     r = add_content(msg, at, role, out, err);
+    if (r == 0)
+        r = check_others(msg, at, role, err);
     if (r == 0 && role == ASSISTANT)
         r = add_assistant(msg, at, out, err);
     if (r == 0 && role == TOOL)
@@ -314,9 +355,10 @@ static int add_messages(struct json_object *body, struct json_object *out, struc
 
 static int check_tool(struct json_object *tool, const char *at, const char **out_name, struct arle_err *err)
 {
-    const char *type = "function", *name = NULL;
+    const char *type = "function", *name = NULL, *text;
     struct json_object *fn = NULL, *schema = NULL;
     size_t len = 0;
+    bool strict;
     char path[PATH], fn_at[PATH];
     path_of_object(path, at);
     if (!json_object_is_type(tool, json_type_object))
@@ -341,7 +383,11 @@ static int check_tool(struct json_object *tool, const char *at, const char **out
         return arle_err_param(err, r == 0 ? -ENODATA : -EINVAL, path, "'%s' must be a name of 1 to 64 letters, digits and _.:/-",
                               path);
     *out_name = name;
-    r = jfield_object(fn, fn_at, "parameters", &schema, err);
+    r = jfield_str(fn, fn_at, "description", &text, NULL, err);
+    if (r >= 0)
+        r = jfield_bool(fn, fn_at, "strict", &strict, err);
+    if (r >= 0)
+        r = jfield_object(fn, fn_at, "parameters", &schema, err);
     return r < 0 ? r : 0;
 }
 

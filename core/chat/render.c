@@ -6,6 +6,8 @@
 
 #include <json-c/json.h>
 
+#include "chat/calls.h"
+
 struct sink {
     struct sbuf *text;
     struct tok_range *ranges; size_t n_ranges, cap_ranges;      /* where special tokens count */
@@ -41,7 +43,7 @@ static int sink_text(void *ctx, const char *text, size_t len, uint32_t flags)
     sbuf_add(s->text, text, len);
     if (s->text->failed)
         return -ENOMEM;
-    if (len == 0 || (!(flags & ARLE_TEXT_TEMPLATE) && !s->content_too))
+    if (len == 0 || (flags & ARLE_TEXT_LITERAL) != 0 || (!(flags & ARLE_TEXT_TEMPLATE) && !s->content_too))
         return 0;
     /* Pieces that touch make one range: a template may write one literal in two calls. */
     if (s->n_ranges > 0 && s->ranges[s->n_ranges - 1].end == from) {
@@ -111,7 +113,8 @@ static int place_marks(struct prompt *p, const struct served_model *m, const str
     return 0;
 }
 
-int prompt_render(struct prompt *p, const struct served_model *m, struct json_object *conversation, struct arle_err *err)
+int prompt_render(struct prompt *p, const struct served_model *m, const char *tenant, struct json_object *conversation,
+                  struct arle_err *err)
 {
     if (!ARLE_HAS(m->api, struct arle_model_api, chat_render))
         return arle_err_param(err, -ENOTSUP, "messages", "model %s has no chat format; use /v1/completions", m->name);
@@ -119,6 +122,7 @@ int prompt_render(struct prompt *p, const struct served_model *m, struct json_ob
     struct arle_chat_sink out = { .ctx = &s, .text = sink_text, .mark = sink_mark };
     struct arle_chat_result res = { .struct_size = sizeof res };
     size_t len;
+    call_memory_recall(m->calls, tenant, conversation);
     const char *json = json_object_to_json_string_length(conversation, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE,
                                                          &len);
     int r = json == NULL ? arle_err_set(err, -ENOMEM, "no memory for the conversation")

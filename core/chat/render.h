@@ -20,10 +20,12 @@ void prompt_fini(struct prompt *p);
 
 /**
  * Renders and tokenises. The whole text is tokenised as one string, so that borders between template and content change
- * nothing; literals of special tokens inside client text count only if the model's special_in_content says so.
+ * nothing; literals of special tokens inside client text count only if the model's special_in_content says so. Tool calls of
+ * the conversation that this model generated for this tenant become what it sampled (calls.h).
  * -ENOTSUP: the model has no chat format; -EINVAL: the template refuses the conversation (err->param names the message).
  */
-int prompt_render(struct prompt *p, const struct served_model *m, struct json_object *conversation, struct arle_err *err);
+int prompt_render(struct prompt *p, const struct served_model *m, const char *tenant, struct json_object *conversation,
+                  struct arle_err *err);
 
 /** Tokenises plain text with special tokens allowed. */
 int prompt_from_text(struct prompt *p, const struct served_model *m, const char *text, size_t len, struct arle_err *err);

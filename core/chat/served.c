@@ -10,6 +10,7 @@
 
 #include <json-c/json.h>
 
+#include "chat/calls.h"
 #include "util/clock.h"
 #include "util/jfield.h"
 
@@ -164,10 +165,19 @@ int served_attach(struct served_model *m, struct engine *engine, const struct ar
     return 0;
 }
 
+int served_keep_calls(struct served_model *m, uint32_t max_calls, size_t max_bytes, struct arle_err *err)
+{
+    if (max_calls == 0 || max_bytes == 0)
+        return 0;
+    m->calls = call_memory_create(max_calls, max_bytes);
+    return m->calls != NULL ? 0 : arle_err_set(err, -ENOMEM, "no memory for model %s", m->name);
+}
+
 void served_close(struct served_model *m)
 {
     if (m == NULL)
         return;
+    call_memory_destroy(m->calls);
     tokenizer_close(m->tok);
     json_object_put(m->chat_options);
     free(m->eos);

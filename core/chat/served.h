@@ -11,6 +11,7 @@
 #include "chat/tokenizer.h"
 #include "sched/engine.h"
 
+struct call_memory;
 struct json_object;
 
 /* What generation_config.json says; what it does not say has the neutral value. */
@@ -32,6 +33,7 @@ struct served_model {
     struct gen_defaults defaults;
     int32_t *eos; uint32_t n_eos;   /* end tokens */
     bool special_in_content;
+    struct call_memory *calls;      /* what this model sampled for its tool calls; NULL: nothing is kept */
 };
 
 /**
@@ -42,6 +44,8 @@ struct served_model {
 int served_open(struct served_model **out, const char *name, const char *dir, bool special_in_content, struct arle_err *err);
 int served_attach(struct served_model *m, struct engine *engine, const struct arle_model_api *api, void *api_ctx,
                   struct arle_err *err);
+/** From now on tool calls are kept, within these bounds (calls.h); 0 of either keeps none. Once, before it is shared. */
+int served_keep_calls(struct served_model *m, uint32_t max_calls, size_t max_bytes, struct arle_err *err);
 /** Frees the text side; NULL is fine. */
 void served_close(struct served_model *m);
 

@@ -107,6 +107,9 @@ static const struct arle_conf_key model_keys[] = {
     BOOL("parity", "no", "Leaves out simulated quantisation of activations, to compare with a float reference."),
     BOOL("special_in_content", "yes", "Text of clients may spell special tokens such as end-of-turn marks, as the reference does; "
          "no makes them ordinary text."),
+    INT("kept_calls", "65536", 0, 16777216, "calls", "Tool calls whose sampled text is kept, so that histories which bring them back "
+        "render to the same tokens; the least recently used go first. 0 keeps none."),
+    BYTES("kept_call_bytes", "64MiB", 0, TI, "Memory for them; 0 keeps none."),
     END
 };
 

@@ -162,6 +162,9 @@ static int open_model(struct host *h, size_t i, struct arle_err *err)
     int r = served_open(&m, *name ? name : config_model_name(h->cfg, i), config_str(h->cfg, section, "path"),
                         config_bool(h->cfg, section, "special_in_content"), err);
     if (r == 0)
+        r = served_keep_calls(m, (uint32_t)config_i64(h->cfg, section, "kept_calls"),
+                              (size_t)config_i64(h->cfg, section, "kept_call_bytes"), err);
+    if (r == 0)
         r = open_engine(h, i, m, err);
     if (r < 0) {
         served_close(m);

@@ -154,7 +154,7 @@ static int warm(struct host *h, const char *file, const char *tenant, struct sbu
     if (r == 0)
         r = chat_request_from_body(body, m->chat_options, true, &conversation, err);
     if (r == 0)
-        r = prompt_render(&p, m, conversation, err);
+        r = prompt_render(&p, m, tenant, conversation, err);
     if (r == 0)
         r = compute(m, &p, tenant, &u, err);
     if (r == 0)

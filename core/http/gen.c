@@ -161,7 +161,7 @@ static int chat_prompt(struct gen *g, struct arle_err *err)
         return arle_err_set(err, -ENOMEM, "no memory for the prompt");
     int r = chat_request_from_body(g->body, g->m->chat_options, g->p.use_tools, &conversation, err);
     if (r == 0)
-        r = prompt_render(&g->subs[0].prompt, g->m, conversation, err);
+        r = prompt_render(&g->subs[0].prompt, g->m, g->cn->tenant, conversation, err);
     json_object_put(conversation);
     if (r == 0 && g->p.use_tools)
         json_object_object_get_ex(g->body, "tools", &g->tools);
@@ -252,6 +252,7 @@ static int open_choices(struct gen *g, struct arle_err *err)
         struct answer_opts o = {
             .model = g->m, .chat = g->dialect == DIALECT_CHAT, .parse_calls = g->p.parse_calls,
             .starts_in_reasoning = g->subs[ch->prompt].prompt.starts_in_reasoning, .keep_special = g->p.keep_special,
+            .keep_calls = g->p.parse_calls && g->m->calls != NULL,
             .tools = g->tools, .stops = g->p.stops, .stop_ids = g->stop_ids, .n_stop_ids = g->n_stop_ids,
             .fn = write_event, .arg = ch,
         };
@@ -336,12 +337,26 @@ static void keep_draft(int32_t **list, uint32_t *n, uint32_t pos, int32_t id)
     (*list)[at] = id;
 }
 
+/* Before the client sees the end of the answer, so that its next request finds them. */
+static void keep_calls(struct choice *ch)
+{
+    struct call_section s = { .has_lead = false };
+    uint32_t next = 0, first, n;
+    while (first = next, (n = answer_section(&ch->answer, &next, &s)) > 0) {
+        if (s.text.n > 0 && next <= ch->n_calls)
+            call_memory_keep(ch->g->m->calls, ch->g->cn->tenant, &s, &ch->calls[first], n);
+        call_section_fini(&s);
+    }
+}
+
 static void end_choice(struct choice *ch, enum finish_reason finish)
 {
     if (ch->ended)
         return;
     if (answer_end(&ch->answer) < 0)
         fail_code(ch->g, -ENOMEM, "no memory for the answer");
+    else
+        keep_calls(ch);
     ch->ended = true;
     ch->finish = finish;
     if (ch->g->p.stream)

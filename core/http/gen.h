@@ -17,11 +17,6 @@ struct lp_lists {
     size_t chars;                                   /* characters of the token texts so far */
 };
 
-struct call_text {
-    char id[32];
-    struct sbuf name, args;
-};
-
 struct choice {
     struct gen *g;
     uint32_t index, prompt;             /* its number in the reply; which prompt it answers */
@@ -30,7 +25,7 @@ struct choice {
     bool ended;
     enum finish_reason finish;
     struct sbuf content, reasoning;     /* collected (not streamed) */
-    struct call_text *calls; uint32_t n_calls;
+    struct given_call *calls; uint32_t n_calls;
     struct lp_lists lp;                 /* since the last chunk when streamed */
     struct sbuf token_ids;              /* likewise, "1,2,3" */
     int32_t *drafts; uint32_t n_drafts; /* drafts[i] is for position i + 2 */
@@ -83,8 +78,6 @@ void messages_stream_end(struct gen *g);
 void messages_reply(struct gen *g, struct sbuf *out);
 
 /* gen_write.c */
-/** Room and a fresh id for call number `call` of a choice; NULL without memory. */
-struct call_text *write_open_call(struct choice *ch, uint32_t call);
 /** Chat events of a choice: collects them, or streams them. */
 void write_event(void *choice, const struct chat_event *ev);
 /** A sampled or prompt token with its logprobs, into `lp`. */

@@ -86,7 +86,6 @@ static void delta(struct choice *ch, const char *type, const char *field, const 
 
 void messages_event(struct choice *ch, const struct chat_event *ev)
 {
-    struct call_text *c;
     struct sbuf head = SBUF_INIT;
     messages_begin(ch);
     switch (ev->kind) {
@@ -99,10 +98,9 @@ void messages_event(struct choice *ch, const struct chat_event *ev)
         delta(ch, "text_delta", "text", ev->text, ev->len);
         break;
     case CHAT_CALL_START:
-        c = write_open_call(ch, ev->call);
-        if (c == NULL)
+        if (ev->call >= ch->n_calls)
             break;
-        sbuf_fmt(&head, "{\"type\":\"tool_use\",\"id\":\"%s\",\"input\":{},\"name\":", c->id);
+        sbuf_fmt(&head, "{\"type\":\"tool_use\",\"id\":\"%s\",\"input\":{},\"name\":", ch->calls[ev->call].id);
         sbuf_json_str(&head, ev->text, ev->len);
         sbuf_char(&head, '}');
         open_block(ch, ev->kind, sbuf_text(&head));
@@ -181,8 +179,8 @@ void messages_error(struct sbuf *out, const struct arle_err *err)
                        : status == 429 ? "rate_limit_error" : status == 503 ? "overloaded_error" : status == 504 ? "timeout_error"
                        : status >= 500 ? "api_error" : "invalid_request_error";
     sbuf_fmt(out, "{\"type\":\"error\",\"error\":{\"type\":\"%s\",\"message\":", type);
-    sbuf_json_cstr(out, err->msg);
+    reply_error_text(out, err->msg);
     sbuf_str(out, ",\"param\":");
-    sbuf_json_cstr(out, err->param[0] ? err->param : NULL);
+    reply_error_text(out, err->param[0] ? err->param : NULL);
     sbuf_str(out, "}}");
 }

@@ -270,27 +270,25 @@ static const char *finish_name(const struct choice *ch)
 
 /* ---- tool calls ---- */
 
-struct call_text *write_open_call(struct choice *ch, uint32_t call)
+/* Calls come in order: each one is new. */
+static void begin_call(struct choice *ch, const struct chat_event *ev)
 {
-    if (call >= ch->n_calls) {
-        struct call_text *p = realloc(ch->calls, (call + 1) * sizeof *p);
-        if (p == NULL)
-            return NULL;
-        ch->calls = p;
-        memset(p + ch->n_calls, 0, (call + 1 - ch->n_calls) * sizeof *p);
-        ch->n_calls = call + 1;
-    }
-    struct call_text *c = &ch->calls[call];
+    struct given_call *p = realloc(ch->calls, (ch->n_calls + 1) * sizeof *p);
+    if (p == NULL)
+        return;
+    ch->calls = p;
+    struct given_call *c = &p[ch->n_calls++];
+    *c = (struct given_call){ .id = "" };
+    sbuf_add(&c->name, ev->text, ev->len);
     unsigned char r[10] = { 0 };
     if (getrandom(r, sizeof r, 0) < 0)
         r[0] = (unsigned char)clock_mono_us();
     int n = snprintf(c->id, sizeof c->id, "call_");
     for (size_t i = 0; i < sizeof r; i++)
         n += snprintf(c->id + n, sizeof c->id - (size_t)n, "%02x", r[i]);
-    return c;
 }
 
-static void put_call_head(struct sbuf *b, const struct call_text *c)
+static void put_call_head(struct sbuf *b, const struct given_call *c)
 {
     sbuf_fmt(b, "\"id\":\"%s\",\"type\":\"function\",\"function\":{\"name\":", c->id);
     sbuf_json_str(b, sbuf_text(&c->name), c->name.n);
@@ -369,7 +367,6 @@ void write_choice_begin(struct choice *ch)
 static void stream_event(struct choice *ch, const struct chat_event *ev)
 {
     struct gen *g = ch->g;
-    struct call_text *c;
     if (gen_is_messages(g)) {
         messages_event(ch, ev);
         return;
@@ -377,8 +374,6 @@ static void stream_event(struct choice *ch, const struct chat_event *ev)
     write_choice_begin(ch);
     if (ev->kind == CHAT_CALL_END)
         return;
-    if (ev->kind == CHAT_CALL_START && (c = write_open_call(ch, ev->call)) != NULL)
-        sbuf_add(&c->name, ev->text, ev->len);
     struct sbuf *b = chunk_open(ch);
     switch (ev->kind) {
     case CHAT_CALL_START:
@@ -448,30 +443,18 @@ void write_stream_end(struct gen *g)
 void write_event(void *choice, const struct chat_event *ev)
 {
     struct choice *ch = choice;
-    struct call_text *c;
+    if (ev->kind == CHAT_CALL_START)
+        begin_call(ch, ev);
+    else if (ev->kind == CHAT_CALL_ARGS && ev->call < ch->n_calls)
+        sbuf_add(&ch->calls[ev->call].args, ev->text, ev->len);
     if (ch->g->p.stream) {
         stream_event(ch, ev);
         return;
     }
-    switch (ev->kind) {
-    case CHAT_REASONING:
+    if (ev->kind == CHAT_REASONING)
         sbuf_add(&ch->reasoning, ev->text, ev->len);
-        break;
-    case CHAT_CONTENT:
+    else if (ev->kind == CHAT_CONTENT)
         sbuf_add(&ch->content, ev->text, ev->len);
-        break;
-    case CHAT_CALL_START:
-        c = write_open_call(ch, ev->call);
-        if (c != NULL)
-            sbuf_add(&c->name, ev->text, ev->len);
-        break;
-    case CHAT_CALL_ARGS:
-        if (ev->call < ch->n_calls)
-            sbuf_add(&ch->calls[ev->call].args, ev->text, ev->len);
-        break;
-    case CHAT_CALL_END:
-        break;
-    }
 }
 
 static void put_message(struct sbuf *b, const struct choice *ch)

@@ -155,24 +155,26 @@ static void put_ids(struct sbuf *b, const int32_t *ids, size_t n)
     sbuf_char(b, ']');
 }
 
-static int render_body(struct prompt *p, const struct served_model *m, struct json_object *body, struct arle_err *err)
+static int render_body(struct conn *cn, struct prompt *p, const struct served_model *m, struct json_object *body,
+                       struct arle_err *err)
 {
     struct json_object *conversation = NULL;
     int r = chat_request_from_body(body, m->chat_options, true, &conversation, err);
     if (r == 0)
-        r = prompt_render(p, m, conversation, err);
+        r = prompt_render(p, m, cn->tenant, conversation, err);
     json_object_put(conversation);
     return r;
 }
 
-static int tokenize_body(struct prompt *p, const struct served_model *m, struct json_object *body, struct arle_err *err)
+static int tokenize_body(struct conn *cn, struct prompt *p, const struct served_model *m, struct json_object *body,
+                         struct arle_err *err)
 {
     struct json_object *v;
     const char *text = NULL;
     size_t len = 0;
     bool special = true;
     if (jfield_get(body, "messages", &v))
-        return render_body(p, m, body, err);
+        return render_body(cn, p, m, body, err);
     int r = jfield_str(body, "", "prompt", &text, &len, err);
     if (r == 0)
         r = jfield_str(body, "", "text", &text, &len, err);
@@ -197,7 +199,7 @@ enum MHD_Result handle_tokenize(struct conn *cn)
     struct sbuf b = SBUF_INIT;
     int r = open_body(cn, &body, &m, &err);
     if (r == 0)
-        r = tokenize_body(&p, m, body, &err);
+        r = tokenize_body(cn, &p, m, body, &err);
     if (r == 0) {
         sbuf_fmt(&b, "{\"count\":%zu,\"max_model_len\":%u,\"tokens\":", p.ids.n, served_context(m));
         put_ids(&b, p.ids.ids, p.ids.n);
@@ -219,7 +221,7 @@ enum MHD_Result handle_count_tokens(struct conn *cn)
     if (r == 0)
         r = messages_to_chat(body, true, &chat, &err);
     if (r == 0)
-        r = render_body(&p, m, chat, &err);
+        r = render_body(cn, &p, m, chat, &err);
     if (r == 0)
         sbuf_fmt(&b, "{\"input_tokens\":%zu}", p.ids.n);
     prompt_fini(&p);
@@ -280,7 +282,7 @@ enum MHD_Result handle_render(struct conn *cn)
     struct sbuf b = SBUF_INIT;
     int r = open_body(cn, &body, &m, &err);
     if (r == 0)
-        r = render_body(&p, m, body, &err);
+        r = render_body(cn, &p, m, body, &err);
     if (r == 0) {
         sbuf_str(&b, "{\"prompt\":");
         sbuf_json_str(&b, sbuf_text(&p.text), p.text.n);

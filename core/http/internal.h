@@ -109,6 +109,7 @@ struct route {
     bool messages;                  /* errors and replies in Anthropic's shape */
 };
 extern const struct route http_routes[];
+bool route_matches(const struct route *r, const char *url);
 
 struct conn {
     struct http_server *srv;
@@ -137,6 +138,8 @@ enum MHD_Result reply_text(struct conn *cn, int status, const char *type, struct
 enum MHD_Result reply_error(struct conn *cn, const struct arle_err *err, int retry_after_s);
 /** Adds the headers that every reply has. */
 void reply_headers(struct conn *cn, struct MHD_Response *resp);
+/** Appends text of an error as a JSON string, whatever bytes are in it; NULL becomes null. */
+void reply_error_text(struct sbuf *out, const char *text);
 /** Appends {"error":{...}} for err. */
 void error_json(struct sbuf *out, const struct arle_err *err);
 int error_status(const struct arle_err *err);

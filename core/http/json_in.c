@@ -17,7 +17,7 @@
     "repetition_penalty", "logit_bias", "seed", "max_tokens", "stop", "stop_token_ids", "n", "logprobs", "ignore_eos", "user", \
     "priority", "cache_salt", "include_cache_detail", "return_token_ids", "return_drafts", "skip_special_tokens", "return_tokens_as_token_ids"
 
-/* Read by the chat's own reader, or accepted because they change nothing here (second block). */
+/* Read by the chat's own reader, or accepted because they change nothing here (see unused_fields). */
 static const char *const chat_fields[] = {
     COMMON_FIELDS, "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format",
     "chat_template_kwargs", "reasoning_effort", "add_generation_prompt", "continue_final_message", "include_reasoning",
@@ -33,6 +33,44 @@ static const char *const refused_fields[] = {
     "functions", "function_call", "audio", "prediction", "web_search_options", "guided_json", "guided_regex", "guided_choice",
     "guided_grammar", "structured_outputs", "min_tokens", "prompt_logprobs", "use_beam_search", "length_penalty", NULL
 };
+
+/* Accepted because they change nothing here, with the type that they must have all the same. */
+static const struct { const char *key; json_type type; const char *wanted; const char *choices; } unused_fields[] = {
+    { "include_reasoning", json_type_boolean, "a boolean", NULL }, { "metadata", json_type_object, "an object", NULL },
+    { "store", json_type_boolean, "a boolean", NULL }, { "parallel_tool_calls", json_type_boolean, "a boolean", NULL },
+    { "service_tier", json_type_string, "a string", "auto default flex scale priority" },
+    { "safety_identifier", json_type_string, "a string", NULL }, { "prompt_cache_key", json_type_string, "a string", NULL },
+    { "verbosity", json_type_string, "a string", "low medium high" }, { "add_special_tokens", json_type_boolean, "a boolean", NULL },
+};
+
+static bool in_words(const char *word, const char *words)
+{
+    size_t n = strlen(word);
+    for (; *words != '\0'; words += strcspn(words, " "), words += *words == ' ')
+        if (strcspn(words, " ") == n && memcmp(words, word, n) == 0)
+            return true;
+    return false;
+}
+
+static int check_unused(struct json_object *body, struct arle_err *err)
+{
+    struct json_object *v;
+    for (size_t i = 0; i < sizeof unused_fields / sizeof unused_fields[0]; i++) {
+        const char *key = unused_fields[i].key, *choices = unused_fields[i].choices;
+        if (!jfield_get(body, key, &v))
+            continue;
+        if (json_object_get_type(v) != unused_fields[i].type)
+            return jfield_wrong_type("", key, unused_fields[i].wanted, v, err);
+        if (choices != NULL && !in_words(json_object_get_string(v), choices))
+            return arle_err_param(err, -EINVAL, key, "'%s' must be one of: %s", key, choices);
+        if (unused_fields[i].type != json_type_object)
+            continue;
+        json_object_object_foreach(v, name, value)
+            if (!json_object_is_type(value, json_type_string))
+                return jfield_wrong_type("metadata.", name, "a string", value, err);
+    }
+    return 0;
+}
 
 const char *const *dialect_fields(enum dialect dialect)
 {
@@ -109,7 +147,7 @@ static int read_bias(struct gen_params *p, struct json_object *body, uint32_t vo
         char *end;
         errno = 0;
         long id = strtol(key, &end, 10);
-        if (*key == '\0' || *end != '\0' || errno != 0 || id < 0 || id >= (long)vocab)
+        if (strspn(key, "0123456789") != strlen(key) || *key == '\0' || *end != '\0' || errno != 0 || id < 0 || id >= (long)vocab)
             return arle_err_param(err, -ERANGE, "logit_bias", "'logit_bias': \"%.40s\" is not a token id below %u", key, vocab);
         if (!json_object_is_type(value, json_type_int) && !json_object_is_type(value, json_type_double))
             return jfield_wrong_type("logit_bias.", key, "a number", value, err);
@@ -202,7 +240,13 @@ static int read_stream(struct gen_params *p, struct json_object *body, struct ar
         return r;
     if (!p->stream)
         return arle_err_param(err, -EINVAL, "stream_options", "'stream_options' is only allowed when 'stream' is true");
+    bool obfuscation;
+    json_object_object_foreach(opts, key, value)
+        if (value != NULL && strcmp(key, "include_usage") != 0 && strcmp(key, "include_obfuscation") != 0)
+            return arle_err_param(err, -ENOKEY, "stream_options", "unknown field 'stream_options.%.80s'", key);
     r = jfield_bool(opts, "stream_options.", "include_usage", &p->include_usage, err);
+    if (r >= 0)
+        r = jfield_bool(opts, "stream_options.", "include_obfuscation", &obfuscation, err);
     return r < 0 ? r : 0;
 }
 
@@ -410,6 +454,8 @@ int gen_params_read(struct gen_params *p, enum dialect dialect, struct json_obje
     int64_t n = 1;
     *p = (struct gen_params){ .cache_salt = "" };
     int r = check_fields(dialect, body, err);
+    if (r == 0)
+        r = check_unused(body, err);
     if (r == 0)
         r = read_i64(body, "n", 1, MAX_ANSWERS, &n, err);
     p->n = (uint32_t)n;

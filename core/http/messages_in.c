@@ -182,7 +182,40 @@ static int take_message(struct conversion *c, struct json_object *msg, size_t i)
     return r;
 }
 
-static int take_messages(struct conversion *c, struct json_object *body)
+/* An answer goes on where the last message ends, if that is the assistant's. */
+static int take_last(struct conversion *c, size_t i, struct json_object *out)
+{
+    struct json_object *last = json_object_array_get_idx(c->list, json_object_array_length(c->list) - 1), *v;
+    char path[64];
+    if (!jfield_get(last, "role", &v) || strcmp(json_object_get_string(v), "assistant") != 0)
+        return 0;
+    snprintf(path, sizeof path, "messages[%zu].content", i);
+    if (jfield_get(last, "tool_calls", &v))
+        return refuse(c, -EINVAL, path, "ends with a tool_use; its tool_result must follow");
+    json_object_object_add(out, "continue_final_message", json_object_new_boolean(true));
+    return 0;
+}
+
+/* Fields that change nothing here must have their type all the same. */
+static int check_unused(struct conversion *c, struct json_object *body)
+{
+    struct json_object *metadata = NULL;
+    const char *text = NULL;
+    int r = jfield_object(body, "", "metadata", &metadata, c->err);
+    if (r > 0) {
+        json_object_object_foreach(metadata, key, value)
+            if (value != NULL && strcmp(key, "user_id") != 0)
+                return refuse(c, -ENOKEY, "metadata", "may hold user_id only");
+        r = jfield_str(metadata, "metadata.", "user_id", &text, NULL, c->err);
+    }
+    if (r >= 0)
+        r = jfield_str(body, "", "service_tier", &text, NULL, c->err);
+    if (r > 0 && strcmp(text, "auto") != 0 && strcmp(text, "standard_only") != 0)
+        return refuse(c, -EINVAL, "service_tier", "must be auto or standard_only");
+    return r < 0 ? r : 0;
+}
+
+static int take_messages(struct conversion *c, struct json_object *body, struct json_object *out)
 {
     struct json_object *list = NULL, *system = NULL;
     int r = jfield_array(body, "", "messages", &list, c->err);
@@ -202,7 +235,7 @@ static int take_messages(struct conversion *c, struct json_object *body)
     r = 0;
     for (size_t i = 0; i < json_object_array_length(list) && r == 0; i++)
         r = take_message(c, json_object_array_get_idx(list, i), i);
-    return r;
+    return r < 0 ? r : take_last(c, json_object_array_length(list) - 1, out);
 }
 
 /* ---- the rest of the body ---- */
@@ -228,6 +261,10 @@ static int take_tools(struct conversion *c, struct json_object *body, struct jso
         json_object_object_add(envelope, "type", json_object_new_string("function"));
         json_object_object_add(envelope, "function", fn);
         json_object_array_add(tools, envelope);
+        const char *text;
+        int bad = jfield_str(tool, "", "description", &text, NULL, NULL);
+        if (bad < 0)
+            return refuse(c, bad, path, "has a description that is not text");
         static const char *const pairs[][2] = { { "name", "name" }, { "description", "description" }, { "input_schema", "parameters" } };
         for (size_t k = 0; k < 3; k++)
             if (jfield_get(tool, pairs[k][0], &v))
@@ -255,9 +292,12 @@ static int take_thinking(struct conversion *c, struct json_object *body, struct 
 {
     struct json_object *thinking = NULL;
     const char *type = NULL;
+    int64_t budget;
     int r = jfield_object(body, "", "thinking", &thinking, c->err);
     if (r <= 0)
         return r;
+    if (jfield_i64(thinking, "thinking.", "budget_tokens", 1, INT32_MAX, &budget, c->err) < 0)
+        return c->err->code;
     if (jfield_str(thinking, "", "type", &type, NULL, NULL) <= 0)
         return refuse(c, -ENODATA, "thinking.type", "must be a string");
     bool on = strcmp(type, "enabled") == 0 || strcmp(type, "adaptive") == 0;
@@ -299,7 +339,9 @@ static int take_body(struct conversion *c, struct json_object *body, bool count_
         if (jfield_get(body, same[i][0], &v))
             json_object_object_add(out, same[i][1], json_object_get(v));
     if (r == 0)
-        r = take_messages(c, body);
+        r = check_unused(c, body);
+    if (r == 0)
+        r = take_messages(c, body, out);
     if (r == 0)
         r = take_tools(c, body, out);
     if (r == 0)

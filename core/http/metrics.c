@@ -1,6 +1,7 @@
 /* GET /metrics in Prometheus' text format: counters of the server, and of each engine and its KV plane. */
 #include <string.h>
 
+#include "chat/calls.h"
 #include "http/internal.h"
 #include "kv/kv.h"
 #include "util/clock.h"
@@ -124,6 +125,27 @@ static void put_engines(struct sbuf *b, struct http_server *srv)
 #undef ROW
 }
 
+#define CALL_ROWS(X) \
+    X("arle_calls_kept", "gauge", "Tool calls whose sampled text is kept.", st.calls) \
+    X("arle_calls_kept_bytes", "gauge", "Memory of kept tool calls.", st.bytes) \
+    X("arle_calls_recalled_total", "counter", "Tool calls of histories that rendered as sampled.", st.recalled) \
+    X("arle_calls_unknown_total", "counter", "Tool calls of histories that rendered in the regular form.", st.unknown)
+
+static void put_calls(struct sbuf *b, struct http_server *srv)
+{
+#define ROW(metric, type, help, value) \
+    put_head(b, metric, type, help); \
+    for (size_t i = 0; i < srv->n_models; i++) { \
+        struct call_memory_stats st; \
+        call_memory_stat(srv->models[i]->calls, &st); \
+        sbuf_str(b, metric "{model="); \
+        sbuf_json_cstr(b, srv->models[i]->name); \
+        sbuf_fmt(b, "} %.15g\n", (double)(value)); \
+    }
+    CALL_ROWS(ROW)
+#undef ROW
+}
+
 /* Bytes moved between tiers: `demoted` into a tier below the device, `promoted` back out of it. */
 static void put_moves(struct sbuf *b, struct http_server *srv)
 {
@@ -196,6 +218,7 @@ enum MHD_Result handle_metrics(struct conn *cn)
     put_histogram(&b, "arle_request_seconds", "From the request's arrival to its end.", &srv->total);
     put_status_counts(&b, srv);
     put_engines(&b, srv);
+    put_calls(&b, srv);
     put_moves(&b, srv);
     put_engine_hists(&b, srv);
     return reply_text(cn, 200, "text/plain; version=0.0.4; charset=utf-8", &b);

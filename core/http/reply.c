@@ -3,6 +3,7 @@
 
 #include "http/internal.h"
 #include "util/clock.h"
+#include "util/jfield.h"
 #include "util/log.h"
 
 /* What an errno means to a client. The first row that matches counts. */
@@ -47,16 +48,33 @@ int error_status(const struct arle_err *err)
     return row < sizeof errors / sizeof errors[0] ? errors[row].status : 500;
 }
 
+/* Reasons quote what clients sent, and are cut at their buffer's end: both may leave bytes that are not UTF-8. */
+void reply_error_text(struct sbuf *out, const char *text)
+{
+    size_t len = text != NULL ? strlen(text) : 0, good;
+    if (text == NULL) {
+        sbuf_str(out, "null");
+        return;
+    }
+    sbuf_char(out, '"');
+    for (; (good = utf8_invalid_at(text, len)) < len; text += good + 1, len -= good + 1) {
+        sbuf_json_chars(out, text, good);
+        sbuf_str(out, "\xef\xbf\xbd");
+    }
+    sbuf_json_chars(out, text, len);
+    sbuf_char(out, '"');
+}
+
 void error_json(struct sbuf *out, const struct arle_err *err)
 {
     size_t row = error_row(err);
     bool known = row < sizeof errors / sizeof errors[0];
     sbuf_str(out, "{\"error\":{\"message\":");
-    sbuf_json_cstr(out, err->msg);
+    reply_error_text(out, err->msg);
     sbuf_str(out, ",\"type\":");
     sbuf_json_cstr(out, known ? errors[row].type : "server_error");
     sbuf_str(out, ",\"param\":");
-    sbuf_json_cstr(out, err->param[0] ? err->param : err->code == -ENOENT ? "model" : NULL);
+    reply_error_text(out, err->param[0] ? err->param : err->code == -ENOENT ? "model" : NULL);
     sbuf_str(out, ",\"code\":");
     sbuf_json_cstr(out, known ? errors[row].name : "internal_error");
     sbuf_str(out, "}}");
@@ -94,6 +112,18 @@ void reply_headers(struct conn *cn, struct MHD_Response *resp)
     }
 }
 
+/* The methods of a path that knows others than the one that was asked for. */
+static void add_allow(const struct conn *cn, struct MHD_Response *resp)
+{
+    char allow[64] = "";
+    for (const struct route *r = http_routes; r->path != NULL; r++) {
+        size_t n = strlen(allow);
+        if (route_matches(r, cn->url))
+            snprintf(allow + n, sizeof allow - n, "%s%s", n ? ", " : "", strcmp(r->method, "GET") == 0 ? "GET, HEAD" : r->method);
+    }
+    MHD_add_response_header(resp, "Allow", allow);
+}
+
 static enum MHD_Result queue(struct conn *cn, int status, const char *type, struct sbuf *text, int retry_after_s)
 {
     struct MHD_Response *resp = text->failed ? NULL
@@ -108,6 +138,8 @@ static enum MHD_Result queue(struct conn *cn, int status, const char *type, stru
         snprintf(number, sizeof number, "%d", retry_after_s);
         MHD_add_response_header(resp, "Retry-After", number);
     }
+    if (status == 405)
+        add_allow(cn, resp);
     if (status == 401)
         MHD_add_response_header(resp, "WWW-Authenticate", "Bearer");
     cn->status = status;

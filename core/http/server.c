@@ -11,6 +11,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -182,6 +183,12 @@ static bool path_matches(const struct route *r, const char *url, const char **ta
     return strcmp(url, r->path) == 0;
 }
 
+bool route_matches(const struct route *r, const char *url)
+{
+    const char *tail;
+    return path_matches(r, url, &tail);
+}
+
 static void find_route(struct conn *cn)
 {
     const char *method = strcmp(cn->method, "HEAD") == 0 ? "GET" : cn->method;
@@ -201,6 +208,13 @@ static void find_route(struct conn *cn)
         arle_err_set(&cn->refused, -ENOSYS, "there is no %s %.100s", cn->method, cn->url);
 }
 
+static enum MHD_Result count_length(void *cls, enum MHD_ValueKind kind, const char *key, const char *value)
+{
+    int *n = cls;
+    *n += strcasecmp(key, "Content-Length") == 0 || strcasecmp(key, "Transfer-Encoding") == 0;
+    return MHD_YES;
+}
+
 /* Everything that can be said before the body is read. Refusals wait in cn->refused until it was. */
 static enum MHD_Result first_call(struct conn *cn)
 {
@@ -218,9 +232,14 @@ static enum MHD_Result first_call(struct conn *cn)
     if (cn->refused.code == 0 && n > cn->set->max_body)
         arle_err_set(&cn->refused, -EMSGSIZE, "the body has %llu bytes; at most %llu are accepted", (unsigned long long)n,
                      (unsigned long long)cn->set->max_body);
+    /* A proxy in front might end the body elsewhere, and take the rest for a request of somebody else's. */
+    int n_lengths = 0;
+    MHD_get_connection_values(c, MHD_HEADER_KIND, count_length, &n_lengths);
+    if (n_lengths > 1)
+        arle_err_param(&cn->refused, -EINVAL, "Content-Length", "the length of the body is given more than once");
     /* A client that waits for 100 Continue, or would send without end, hears the refusal now. */
     const char *expect = MHD_lookup_connection_value(c, MHD_HEADER_KIND, "Expect");
-    if (cn->refused.code != 0 && (expect != NULL || n > MAX_DISCARD)) {
+    if (cn->refused.code != 0 && (expect != NULL || n > MAX_DISCARD || n_lengths > 1)) {
         cn->handled = true;
         return reply_error(cn, &cn->refused, 0);
     }
@@ -389,7 +408,7 @@ static int start_threads(struct http_server *srv, const struct http_options *o, 
                                 MHD_OPTION_LISTEN_SOCKET, srv->fd, MHD_OPTION_NOTIFY_COMPLETED, completed, NULL,
                                 MHD_OPTION_THREAD_POOL_SIZE, threads, MHD_OPTION_CONNECTION_LIMIT, max,
                                 MHD_OPTION_CONNECTION_TIMEOUT, idle_s, MHD_OPTION_CONNECTION_MEMORY_LIMIT, (size_t)64 << 10,
-                                MHD_OPTION_END);
+                                MHD_OPTION_STRICT_FOR_CLIENT, 1, MHD_OPTION_END);
     if (srv->mhd == NULL)
         return arle_err_set(err, -EIO, "the HTTP library did not start on %s", o->listen);
     if (pipe2(srv->watcher_pipe, O_CLOEXEC) < 0 || pthread_create(&srv->watcher, NULL, watcher, srv) != 0)

@@ -45,6 +45,10 @@ static void chat(struct conform *c)
 {
     static const char good[] = "{\"messages\":[{\"role\":\"system\",\"content\":\"Be brief.\"},{\"role\":\"user\",\"content\":\"Hello\"}],"
                                "\"add_generation_prompt\":true}";
+    static const char raw[] = "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b c\","
+                              "\"raw_content\":\"b\",\"tool_calls\":[{\"id\":\"1\",\"name\":\"f\",\"arguments\":{},\"raw\":{\"lead\":\" \","
+                              "\"text\":[\"x\",\"<y>\",\"c\"]}},{\"id\":\"2\",\"name\":\"g\",\"arguments\":{},\"raw\":{\"lead\":\"\","
+                              "\"text\":[]}}]}]}";
     static const char bad[] = "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"martian\",\"content\":\"b\"}]}";
     const struct arle_model_api *api = c->self->ops;
     if (!ARLE_HAS(api, struct arle_model_api, chat_render)) {
@@ -58,6 +62,8 @@ static void chat(struct conform *c)
     int r = api->chat_render(c->self->ctx, good, sizeof good - 1, &out, &res, &err);
     conform_case(c, r == 0 && sink.n_text > strlen("Be brief.Hello") && !sink.bad, "chat_render() writes a conversation", err.msg);
     err = (struct arle_err)ARLE_ERR_INIT;
+    r = api->chat_render(c->self->ctx, raw, sizeof raw - 1, &out, &res, &err);
+    conform_case(c, r == 0 && !sink.bad, "chat_render() takes tool calls as they were sampled", err.msg);
     r = api->chat_render(c->self->ctx, bad, sizeof bad - 1, &out, &res, &err);
     conform_case(c, r == -EINVAL && err.msg[0] != '\0', "chat_render() refuses an unknown role with -EINVAL and a reason", err.msg);
     out.text = refuse_text;

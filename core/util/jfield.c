@@ -1,6 +1,7 @@
 /* Typed JSON reading of jfield.h. Users: the request readers of the HTTP dialects, the messages of a chat, control lines. */
 #include "util/jfield.h"
 
+#include <ctype.h>
 #include <math.h>
 #include <string.h>
 
@@ -32,19 +33,123 @@ size_t utf8_invalid_at(const char *text, size_t len)
     return len;
 }
 
-/* json-c takes 'single quotes' around keys even when strict. */
-static bool has_bare_apostrophe(const char *text, size_t len)
+/*
+ * What json-c lets through even when strict: 'single quotes', control characters in strings, halves of surrogate pairs
+ * (which it replaces), names with a NUL (which it cuts), and numbers such as 1. and -01. All else is left to json-c.
+ */
+struct lexer {
+    const char *text;
+    size_t len, at;
+    const char *fault;
+};
+
+/* Value of the four hexadecimal digits at `at`, or -1. */
+static int hex4(const struct lexer *lx, size_t at)
 {
-    bool in_string = false;
-    for (size_t i = 0; i < len; i++) {
-        if (in_string && text[i] == '\\')
-            i++;
-        else if (text[i] == '"')
-            in_string = !in_string;
-        else if (text[i] == '\'' && !in_string)
-            return true;
+    int v = 0;
+    if (lx->len < 4 || at > lx->len - 4)
+        return -1;
+    for (size_t i = at; i < at + 4; i++) {
+        unsigned char c = (unsigned char)lx->text[i];
+        if (!isxdigit(c))
+            return -1;
+        v = v * 16 + (c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
     }
-    return false;
+    return v;
+}
+
+/* The escape whose backslash stands at lx->at. Returns its code unit, or -1 where it is none. */
+static int lex_escape(struct lexer *lx)
+{
+    int unit = lx->at + 1 < lx->len && lx->text[lx->at + 1] == 'u' ? hex4(lx, lx->at + 2) : -1;
+    if (unit < 0) {
+        lx->at += 2;
+        return -1;
+    }
+    if (unit < 0xd800 || unit > 0xdfff) {
+        lx->at += 6;
+        return unit;
+    }
+    bool pair = unit < 0xdc00 && lx->at + 7 < lx->len && memcmp(lx->text + lx->at + 6, "\\u", 2) == 0;
+    int low = pair ? hex4(lx, lx->at + 8) : -1;
+    if (low < 0xdc00 || low > 0xdfff)
+        lx->fault = "half of a surrogate pair";
+    lx->at += 12;
+    return unit;
+}
+
+static void lex_string(struct lexer *lx)
+{
+    bool nul = false;
+    for (lx->at++; lx->at < lx->len && lx->text[lx->at] != '"' && lx->fault == NULL;) {
+        if (lx->text[lx->at] == '\\')
+            nul |= lex_escape(lx) == 0;
+        else if ((unsigned char)lx->text[lx->at] < 0x20)
+            lx->fault = "a control character in a string";
+        else
+            lx->at++;
+    }
+    if (lx->fault != NULL || lx->at >= lx->len)
+        return;
+    lx->at++;
+    size_t next = lx->at;
+    while (nul && next < lx->len && strchr(" \t\r\n", lx->text[next]) != NULL)
+        next++;
+    if (nul && next < lx->len && lx->text[next] == ':')
+        lx->fault = "a name with a NUL character";
+}
+
+static size_t digits(struct lexer *lx)
+{
+    size_t from = lx->at;
+    while (lx->at < lx->len && isdigit((unsigned char)lx->text[lx->at]))
+        lx->at++;
+    return lx->at - from;
+}
+
+static bool lex_char(struct lexer *lx, const char *set)
+{
+    bool found = lx->at < lx->len && lx->text[lx->at] != '\0' && strchr(set, lx->text[lx->at]) != NULL;
+    lx->at += found;
+    return found;
+}
+
+static void lex_number(struct lexer *lx)
+{
+    bool minus = lex_char(lx, "-");
+    if (minus && lx->at < lx->len && lx->text[lx->at] == 'I')
+        return;                         /* -Infinity: out of every field's range */
+    bool good = lex_char(lx, "0") ? digits(lx) == 0 : digits(lx) > 0;
+    if (good && lex_char(lx, "."))
+        good = digits(lx) > 0;
+    if (good && lex_char(lx, "eE")) {
+        lex_char(lx, "+-");
+        good = digits(lx) > 0;
+    }
+    if (!good)
+        lx->fault = "a malformed number";
+}
+
+/* NULL, or what is wrong at *at. */
+static const char *lexical_fault(const char *text, size_t len, size_t *at)
+{
+    struct lexer lx = { .text = text, .len = len };
+    while (lx.at < len && lx.fault == NULL) {
+        *at = lx.at;
+        char c = text[lx.at];
+        if (c == '"')
+            lex_string(&lx);
+        else if (c == '-' || isdigit((unsigned char)c))
+            lex_number(&lx);
+        else if (c == '\'')
+            lx.fault = "strings stand in double quotes";
+        else if (isalpha((unsigned char)c))
+            while (lx.at < len && isalnum((unsigned char)text[lx.at]))
+                lx.at++;
+        else
+            lx.at++;
+    }
+    return lx.fault;
 }
 
 int json_text_parse(const char *text, size_t len, struct json_object **out, struct arle_err *err)
@@ -54,8 +159,9 @@ int json_text_parse(const char *text, size_t len, struct json_object **out, stru
         return arle_err_set(err, -EILSEQ, "the body is not valid UTF-8 at byte %zu", bad);
     if (memchr(text, '\0', len) != NULL)       /* json-c would take it for the end */
         return arle_err_set(err, -EBADMSG, "the JSON holds a NUL byte");
-    if (has_bare_apostrophe(text, len))
-        return arle_err_set(err, -EBADMSG, "not valid JSON: strings stand in double quotes");
+    const char *fault = lexical_fault(text, len, &bad);
+    if (fault != NULL)
+        return arle_err_set(err, -EBADMSG, "not valid JSON at byte %zu: %s", bad, fault);
     if (len > INT32_MAX - 1)
         return arle_err_set(err, -EBADMSG, "the body is too long to be parsed");
     struct json_tokener *tok = json_tokener_new_ex(JSON_TEXT_DEPTH);
@@ -157,7 +263,8 @@ int jfield_i64(struct json_object *obj, const char *at, const char *key, int64_t
     if (!json_object_is_type(v, json_type_int) && !whole)
         return jfield_wrong_type(at, key, "an integer", v, err);
     int64_t i = whole ? (int64_t)d : json_object_get_int64(v);
-    if (i < min || i > max)
+    bool beyond = !whole && (i == INT64_MIN || (i > 0 && json_object_get_uint64(v) > INT64_MAX));   /* json-c clamps */
+    if (beyond || i < min || i > max)
         return arle_err_param(err, -ERANGE, path_of(path, sizeof path, at, key), "'%s%s' must be between %lld and %lld, not %s",
                               at, key, (long long)min, (long long)max, json_object_get_string(v));
     *out = i;
@@ -189,9 +296,14 @@ int jfield_str(struct json_object *obj, const char *at, const char *key, const c
         return 0;
     if (!json_object_is_type(v, json_type_string))
         return jfield_wrong_type(at, key, "a string", v, err);
-    *out = json_object_get_string(v);
+    const char *text = json_object_get_string(v);
+    size_t len = (size_t)json_object_get_string_len(v);
+    char path[64];
+    if (out_len == NULL && memchr(text, '\0', len) != NULL)
+        return arle_err_param(err, -EINVAL, path_of(path, sizeof path, at, key), "'%s%s' holds a NUL character", at, key);
+    *out = text;
     if (out_len != NULL)
-        *out_len = (size_t)json_object_get_string_len(v);
+        *out_len = len;
     return 1;
 }
 

@@ -29,7 +29,8 @@ size_t utf8_invalid_at(const char *text, size_t len);
 const char *json_kind(struct json_object *v);
 
 /* Members. `at` is the path of the object with its dot ("" at the top, "messages[3]."). Absent and null are the same.
- * All return 1 and set the output, 0 and leave it when absent, or a negative errno. Strings are borrowed from the object. */
+ * All return 1 and set the output, 0 and leave it when absent, or a negative errno. Strings are borrowed from the object.
+ * jfield_str without out_len refuses strings with a NUL: -EINVAL. */
 int jfield_get(struct json_object *obj, const char *key, struct json_object **out);
 int jfield_bool(struct json_object *obj, const char *at, const char *key, bool *out, struct arle_err *err);
 int jfield_i64(struct json_object *obj, const char *at, const char *key, int64_t min, int64_t max, int64_t *out,

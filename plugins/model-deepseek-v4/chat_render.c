@@ -80,6 +80,12 @@ static void put_n(struct render *r, const char *s, size_t n, uint32_t flags)
         r->fail = r->sink->text(r->sink->ctx, s, n, flags);
 }
 
+static void put_value(struct render *r, struct json_object *v, uint32_t flags)
+{
+    if (json_object_is_type(v, json_type_string))
+        put_n(r, json_object_get_string(v), (size_t)json_object_get_string_len(v), flags);
+}
+
 static void tmpl(struct render *r, const char *s)
 {
     put_n(r, s, strlen(s), ARLE_TEXT_TEMPLATE);
@@ -290,6 +296,35 @@ static void one_call(struct render *r, struct json_object *call)
     json_object_put(parsed);
 }
 
+/* The sections as they were sampled (arle/model.h): pieces of ordinary text and added tokens in turn. */
+static void sampled_calls(struct render *r, struct json_object *calls)
+{
+    for (size_t c = 0; c < json_object_array_length(calls); c++) {
+        struct json_object *raw = get(json_object_array_get_idx(calls, c), "raw");
+        struct json_object *lead = get(raw, "lead"), *list = get(raw, "text");
+        put_value(r, lead, ARLE_TEXT_LITERAL);
+        tmpl(r, lead == NULL ? "\n\n" : "");
+        for (size_t k = 0; k < json_object_array_length(list); k++)
+            put_value(r, json_object_array_get_idx(list, k), k % 2 == 0 ? ARLE_TEXT_LITERAL : ARLE_TEXT_TEMPLATE);
+    }
+}
+
+static void calls_of(struct render *r, struct json_object *msg, struct json_object *calls)
+{
+    bool raw = true;            /* all or none: calls of the regular form share one section */
+    for (size_t c = 0; c < json_object_array_length(calls); c++)
+        raw &= json_object_is_type(get(get(json_object_array_get_idx(calls, c), "raw"), "text"), json_type_array);
+    content(r, str(msg, raw && get(msg, "raw_content") != NULL ? "raw_content" : "content"));
+    if (raw) {
+        sampled_calls(r, calls);
+        return;
+    }
+    tmpl(r, "\n\n<" DSML "tool_calls>\n");
+    for (size_t c = 0; c < json_object_array_length(calls); c++)
+        one_call(r, json_object_array_get_idx(calls, c));
+    tmpl(r, "</" DSML "tool_calls>");
+}
+
 static void assistant(struct render *r, size_t i, size_t last_user, bool has_user)
 {
     struct turn *t = &r->turns[i];
@@ -298,14 +333,11 @@ static void assistant(struct render *r, size_t i, size_t last_user, bool has_use
         content(r, str(t->msg, "reasoning_content"));
         tmpl(r, T_UNTHINK);
     }
-    content(r, str(t->msg, "content"));
     struct json_object *calls = get(t->msg, "tool_calls");
-    if (filled(calls)) {
-        tmpl(r, "\n\n<" DSML "tool_calls>\n");
-        for (size_t c = 0; c < json_object_array_length(calls); c++)
-            one_call(r, json_object_array_get_idx(calls, c));
-        tmpl(r, "</" DSML "tool_calls>");
-    }
+    if (filled(calls))
+        calls_of(r, t->msg, calls);
+    else
+        content(r, str(t->msg, "content"));
     bool open_end = json_object_get_boolean(get(t->msg, "wo_eos")) || (r->continue_final && i + 1 == r->n_turns);
     if (!open_end)
         tmpl(r, T_EOS);

@@ -100,7 +100,8 @@ static struct span raw_text(struct json_object *v)
 
 static struct span message_text(const struct render *rd, size_t i)
 {
-    return span_strip(raw_text(get(message(rd, i), "content")));
+    struct json_object *part = get(message(rd, i), "raw_content");
+    return span_strip(raw_text(part != NULL ? part : get(message(rd, i), "content")));
 }
 
 static int refuse(struct render *rd, size_t i, const char *field, const char *why)
@@ -283,6 +284,13 @@ static void head(struct render *rd)
     mark(rd, ARLE_MARK_SYSTEM_END);
 }
 
+/* A call as it was sampled (arle/model.h): its pieces are ordinary text and added tokens in turn. */
+static void sampled(struct render *rd, struct json_object *pieces)
+{
+    for (size_t i = 0; i < json_object_array_length(pieces); i++)
+        emit(rd, raw_text(json_object_array_get_idx(pieces, i)), i % 2 == 0 ? ARLE_TEXT_LITERAL : ARLE_TEXT_TEMPLATE);
+}
+
 static void call(struct render *rd, struct json_object *one)
 {
     struct json_object *fn = get(one, "function") != NULL ? get(one, "function") : one;
@@ -342,8 +350,16 @@ static bool assistant(struct render *rd, size_t i)
     }
     content(rd, text);
     for (size_t j = 0; calls != NULL && j < json_object_array_length(calls); j++) {
-        put(rd, j > 0 ? "\n" : text.n > 0 ? "\n\n" : "");
-        call(rd, json_object_array_get_idx(calls, j));
+        struct json_object *one = json_object_array_get_idx(calls, j), *raw = get(one, "raw");
+        struct json_object *lead = get(raw, "lead"), *pieces = get(raw, "text");
+        if (lead != NULL)
+            emit(rd, raw_text(lead), ARLE_TEXT_LITERAL);
+        else
+            put(rd, j > 0 ? "\n" : text.n > 0 ? "\n\n" : "");
+        if (json_object_is_type(pieces, json_type_array))
+            sampled(rd, pieces);
+        else
+            call(rd, one);
     }
     if (!open) {
         put(rd, "<|im_end|>\n");

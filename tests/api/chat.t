@@ -82,6 +82,79 @@ def tools():
     ok(status == 200 and "tool_calls" not in first(body)["message"], "tool_choice none", body)
 
 
+def ids_in(ids, part):
+    return any(ids[i:i + len(part)] == part for i in range(len(ids) - len(part) + 1))
+
+
+def answer(body, streamed):
+    """(message to send back, prompt ids, answer ids, usage)"""
+    body = dict(body, return_token_ids=True)
+    if not streamed:
+        status, whole = server.post(CHAT, body)
+        return first(whole)["message"], whole["prompt_token_ids"], first(whole)["token_ids"], whole["usage"]
+    chunks, finished = server.stream(CHAT, dict(body, stream_options={"include_usage": True}))
+    m = join_chunks(chunks)[0]
+    message = {"role": "assistant", "content": m["content"], "reasoning_content": m["reasoning_content"], "tool_calls": [
+        {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in m["tool_calls"]]}
+    return message, chunks[0]["choices"][0]["prompt_token_ids"], m["token_ids"], chunks[-1]["usage"]
+
+
+def histories():
+    """A call that comes back renders to the tokens that were sampled, also where the model did not keep to its format."""
+    odd = {"logit_bias": {"4093": -100}}        # without its closing tag, the model ends calls in a way of its own
+    for name, extra in (("regular", {}), ("irregular", odd), ("reasoning", {"reasoning_effort": "high"}),
+                        ("irregular reasoning", dict(odd, reasoning_effort="high"))):
+        for streamed in (False, True):
+            title = "history, %s%s: " % (name, ", streamed" if streamed else "")
+            ask = user("How many files are in /tmp?", tools=SHELL, max_tokens=60, cache_salt=title, **extra)
+            message, prompt, said, usage = answer(ask, streamed)
+            if not ok(message.get("tool_calls"), title + "there is a call", message):
+                continue
+            result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "7"}
+            after = dict(ask, messages=ask["messages"] + [message, result])
+            _, prompt2, _, usage2 = answer(after, streamed)
+            equal(prompt2[:len(prompt) + len(said)], prompt + said, title + "the next prompt begins with prompt and answer")
+            cached = usage2["prompt_tokens_details"]["cached_tokens"]
+            ok(cached >= len(prompt) + len(said) - 1, title + "which are cached: %d of %d" % (cached, len(prompt2)), usage2)
+            equal(server.post("/v1/render", after)[1]["token_ids"], prompt2, title + "render shows the same")
+            edited = json.loads(json.dumps(message))
+            edited["tool_calls"][0]["function"]["arguments"] = '{"command": "ls -la /srv"}'
+            text = server.post("/v1/render", dict(ask, messages=ask["messages"] + [edited, result]))[1]["prompt"]
+            ok("<tool_call>\n<function=shell>\n<parameter=command>\nls -la /srv\n</parameter>\n</function>\n</tool_call>" in text,
+               title + "edited arguments are rendered", text[-400:])
+            spaced = json.loads(json.dumps(message))
+            call = spaced["tool_calls"][0]["function"]
+            call["arguments"] = json.dumps(json.loads(call["arguments"]), indent=3)
+            equal(server.post("/v1/render", dict(ask, messages=ask["messages"] + [spaced, result]))[1]["token_ids"], prompt2,
+                  title + "arguments written anew are no edit")
+            unknown = json.loads(json.dumps(message))
+            unknown["tool_calls"][0]["id"] = "call_0"
+            unknown["tool_calls"][0]["raw"] = {"text": ["<|im_end|>"]}
+            regular = server.post("/v1/render", dict(ask, messages=ask["messages"] + [unknown, result]))[1]["token_ids"]
+            equal(ids_in(regular, said), "irregular" not in name, title + "an unknown id renders in the regular form")
+    ok(server.metric("arle_calls_kept") >= 8 and server.metric("arle_calls_kept_bytes") > 0
+       and server.metric("arle_calls_recalled_total") >= 24 and server.metric("arle_calls_unknown_total") >= 16, "calls are counted")
+
+
+def histories_of_tenants():
+    odd = {"logit_bias": {"4093": -100}, "max_tokens": 60}
+    with Arled(settings={"auth.keys": "alice:a-1 alice:a-2 bob:b-1", "model tiny.kept_calls": "2"}) as s:
+        key = lambda k: {"headers": {"x-api-key": k}}
+        ask = user("How many files are in /tmp?", tools=SHELL, return_token_ids=True, **odd)
+        message = first(s.post(CHAT, ask, **key("a-1"))[1])["message"]
+        after = dict(ask, messages=ask["messages"] + [message])
+        after.pop("return_token_ids")
+        alice, again, bob = (s.post("/v1/render", after, **key(k))[1]["prompt"] for k in ("a-1", "a-2", "b-1"))
+        ok(alice == again and alice != bob and "destroyer" in bob, "a tenant's calls are its own", (alice[-300:], bob[-300:]))
+        for _ in range(2):
+            s.post(CHAT, ask, **key("b-1"))
+        equal(s.post("/v1/render", after, **key("a-1"))[1]["prompt"], bob, "the oldest are forgotten")
+    with Arled(settings={"model tiny.kept_calls": "0"}) as s:
+        message = first(s.post(CHAT, user("How many files are in /tmp?", tools=SHELL, **odd))[1])["message"]
+        after["messages"][1] = message
+        equal(s.post("/v1/render", after)[1]["prompt"], bob, "kept_calls = 0 keeps none")
+
+
 def reasoning():
     status, body = server.post(CHAT, user("What is 48 + 37?", reasoning_effort="high"))
     m = first(body)["message"]
@@ -107,6 +180,43 @@ def stop_strings():
                                       "ignore_eos": True})
     equal(body["usage"]["completion_tokens"], 20, "ignore_eos goes on")
     ok(server.wait_idle(), "stopped answers end in the engine, too")
+
+
+def streams_of_many():
+    """Several sampled answers at once: no piece holds half a character or a part of a stop string, and usage counts all tokens."""
+    for seed in range(4):
+        body = user("Tell me a story about a fox.", n=4, seed=seed, temperature=1.7, max_tokens=40, stop=["he", "\n\n", "a s"],
+                    return_token_ids=True)
+        status, whole = server.post(CHAT, body)
+        chunks, finished = server.stream(CHAT, dict(body, stream_options={"include_usage": True}))
+        joined = join_chunks(chunks)
+        want = {c["index"]: (c["message"]["content"] or "", c["finish_reason"], c["token_ids"]) for c in whole["choices"]}
+        equal({i: (m["content"], m["finish_reason"], m["token_ids"]) for i, m in joined.items()}, want, "seed %d: streamed equals whole" % seed)
+        ok(not any(s in text for text, _, _ in want.values() for s in body["stop"]), "seed %d: no stop string" % seed, want)
+        ok({r for _, r, _ in want.values()} <= {"stop", "length"} and all((r == "length") <= (len(ids) == 40) for _, r, ids in want.values()),
+           "seed %d: finish_reason" % seed, want)
+        n = sum(len(ids) for _, _, ids in want.values())
+        ok(whole["usage"]["completion_tokens"] >= n and chunks[-1]["usage"]["completion_tokens"] >= n, "seed %d: usage" % seed, (n, whole["usage"]))
+    text = "\U0001f98a\u00e9\u6f22"
+    ids = server.post("/tokenize", {"prompt": text, "allow_special": False})[1]["tokens"]
+    ok(len(ids) > 3, "characters of several tokens", ids)
+    chunks, finished = server.stream(COMP, {"prompt": "x", "max_tokens": 30, "temperature": 2.0, "seed": 1, "logit_bias": {str(i): 30 for i in ids}})
+    got = join_chunks(chunks)[0]["text"]
+    whole = first(server.post(COMP, {"prompt": "x", "max_tokens": 30, "temperature": 2.0, "seed": 1, "logit_bias": {str(i): 30 for i in ids}})[1])["text"]
+    equal(got, whole, "pieces of characters: streamed equals whole")
+
+
+def hang_ups():
+    body = user("Tell me a story about a fox.", n=3, ignore_eos=True, max_tokens=4000)
+    for streamed in (True, False):
+        for wait in (0, 0.3):
+            s = server.open_stream(CHAT, dict(body)) if streamed else socket.create_connection((server.host, server.port))
+            if not streamed:
+                data = json.dumps(body).encode()
+                s.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(data)) + data)
+            time.sleep(wait)
+            s.close()
+            ok(server.wait_idle(10), "a client that hangs up after %.1f s, %s, leaves nothing running" % (wait, "streamed" if streamed else "whole"))
 
 
 def completions():
@@ -265,7 +375,8 @@ def openai_package():
         equal(e.param, "temperature", "openai: bad range raises")
 
 
-for fn in (models_and_health, plain_answer, streaming_equals_whole, tools, reasoning, stop_strings, completions, logprobs, sampling,
+for fn in (models_and_health, plain_answer, streaming_equals_whole, tools, histories, histories_of_tenants, reasoning,
+           stop_strings, streams_of_many, hang_ups, completions, logprobs, sampling,
            tokens, metrics, concurrent_mix, cached_prefix,
            special_literals, keys, openai_package):
     case(fn)

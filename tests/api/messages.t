@@ -96,6 +96,38 @@ def tool_loop():
         {"role": "user", "content": "How many files are in /tmp?"}, {"role": "assistant", "content": m["content"]},
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call["id"], "content": [{"type": "text", "text": "7"}]}]}]))
     ok(status == 200 and m["stop_reason"] == "end_turn" and m["content"], "tool_result is answered", m)
+    # A call that comes back is what was sampled, whichever dialect it went out in.
+    ask = body("How many files are in /tmp?", tools=TOOL)
+    chat = {"temperature": 0, "max_tokens": 100, "messages": ask["messages"], "return_token_ids": True, "logit_bias": {"4093": -100},
+            "tools": [{"type": "function", "function": {"name": "shell", "description": "Run a command", "parameters": TOOL[0]["input_schema"]}}]}
+    first = server.post("/v1/chat/completions", chat)[1]
+    call = first["choices"][0]["message"]["tool_calls"][0]
+    said = first["choices"][0]["message"]["content"]
+    use = {"type": "tool_use", "id": call["id"], "name": "shell", "input": json.loads(call["function"]["arguments"])}
+    back = lambda use: server.post(URL + "/count_tokens", {"tools": TOOL, "messages": ask["messages"] + [
+        {"role": "assistant", "content": [{"type": "text", "text": said}, use]}, {"role": "user", "content": "x"}]})[1]["input_tokens"]
+    regular = back(dict(use, id="call_0"))
+    whole = len(first["prompt_token_ids"]) + len(first["choices"][0]["token_ids"])
+    ok(back(use) != regular and back(dict(use, input={"command": "ls"})) < regular, "tool_use that is known renders as sampled", (whole, regular))
+    for streamed in (False, True):
+        b = body("How many files are in /tmp?", tools=TOOL)
+        m = joined(events(b)) if streamed else server.post(URL, b)[1]
+        kept = server.metric("arle_calls_recalled_total")
+        after = dict(b, messages=b["messages"] + [{"role": "assistant", "content": m["content"]}, {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": m["content"][-1]["id"], "content": "7"}]}])
+        m = server.post(URL, after)[1]
+        ok(server.metric("arle_calls_recalled_total") == kept + 1 and m["usage"]["cache_read_input_tokens"] > 200,
+           "a history of tool_use, %s" % ("streamed" if streamed else "whole"), m["usage"])
+
+
+def prefill():
+    """An assistant's message at the end is gone on with."""
+    ask = body("x", messages=[{"role": "user", "content": "What is the capital of Japan?"}, {"role": "assistant", "content": "The capital of"}])
+    status, m = server.post(URL, ask)
+    equal((status, m["content"][0]["text"]), (200, " Japan is Tokyo."), "a last message of the assistant's is continued")
+    ask["messages"][1]["content"] = [{"type": "tool_use", "id": "a", "name": "shell", "input": {}}]
+    status, e = server.post(URL, ask)
+    equal((status, e["error"]["param"]), (400, "messages[1].content"), "but not a tool_use without its result")
 
 
 def counting():
@@ -115,6 +147,10 @@ def refusals():
         ("tool_result without id", {"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, 400, "invalid_request_error",
          "messages[0].content[0]"),
         ("tool_choice any", {"tools": TOOL, "tool_choice": {"type": "any"}}, 400, "invalid_request_error", "tool_choice.type"),
+        ("budget_tokens", {"thinking": {"type": "enabled", "budget_tokens": "many"}}, 400, "invalid_request_error", "thinking.budget_tokens"),
+        ("description", {"tools": [dict(TOOL[0], description=5)]}, 400, "invalid_request_error", "tools[0]"),
+        ("metadata", {"metadata": 1}, 400, "invalid_request_error", "metadata"),
+        ("service_tier", {"service_tier": "gold"}, 400, "invalid_request_error", "service_tier"),
         ("temperature", {"temperature": 3}, 400, "invalid_request_error", "temperature"),
         ("stop_sequences", {"stop_sequences": "x"}, 400, "invalid_request_error", "stop_sequences"),
         ("stop sequence empty", {"stop_sequences": [""]}, 400, "invalid_request_error", "stop_sequences"),
@@ -130,7 +166,7 @@ def refusals():
     ok(got == 400 and e["type"] == "error", "refused: not JSON", e)
 
 
-for fn in (plain, streamed, tool_loop, counting, refusals):
+for fn in (plain, streamed, tool_loop, prefill, counting, refusals):
     case(fn)
 equal(server.stop(), 0, "ends cleanly")
 done()

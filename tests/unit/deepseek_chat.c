@@ -122,6 +122,35 @@ static void results_follow_the_order_of_calls(void)
     free(s);
 }
 
+#define RAW(lead, text) "{\"id\":\"1\",\"name\":\"f\",\"arguments\":{\"k\":1},\"raw\":{" lead "\"text\":" text "}}"
+
+static void sampled(const char *message, const char *want)
+{
+    char rq[1024];
+    struct arle_chat_result res = { .struct_size = sizeof res };
+    int r;
+    snprintf(rq, sizeof rq, "{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"},{\"role\":\"assistant\",%s}],\"options\":"
+             "{\"enable_thinking\":false}}", message);
+    char *s = render(rq, &res, &r, NULL);
+    EXPECT_EQ(r, 0);
+    const char *at = strstr(s, "</think>");
+    EXPECT_STR(at != NULL ? at + strlen("</think>") : s, want);
+    free(s);
+}
+
+static void calls_as_they_were_sampled(void)
+{
+    sampled("\"content\":\"t\",\"tool_calls\":[" RAW("\"lead\":\"\\n\",", "[\"x\",\"<y>\"]") "," RAW("\"lead\":\"\",", "[]") "]",
+            "t\nx<y><｜end▁of▁sentence｜>");
+    sampled("\"content\":\"\",\"tool_calls\":[" RAW("", "[\"x\"]") "]", "\n\nx<｜end▁of▁sentence｜>");
+    sampled("\"content\":\"be fore\",\"raw_content\":\"be\",\"tool_calls\":[" RAW("", "[\"x fore\"]") "]",
+            "be\n\nx fore<｜end▁of▁sentence｜>");
+    /* One call that is not as sampled: all are written anew, into one section. */
+    sampled("\"content\":\"be fore\",\"raw_content\":\"be\",\"tool_calls\":[" RAW("", "[\"x\"]") ",{\"name\":\"g\",\"arguments\":{}}]",
+            "be fore\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name=\"f\">\n<｜DSML｜parameter name=\"k\" string=\"false\">1</｜DSML｜parameter>\n"
+            "</｜DSML｜invoke>\n<｜DSML｜invoke name=\"g\">\n\n</｜DSML｜invoke>\n</｜DSML｜tool_calls><｜end▁of▁sentence｜>");
+}
+
 static void bad_input_names_the_field(void)
 {
     struct arle_err err = ARLE_ERR_INIT;
@@ -192,6 +221,7 @@ int main(void)
     RUN(generation_prompt_opens_reasoning);
     RUN(effort_prefix_only_for_max);
     RUN(results_follow_the_order_of_calls);
+    RUN(calls_as_they_were_sampled);
     RUN(bad_input_names_the_field);
     RUN(configs_are_recognised);
     RUN(uncovered_configs_are_refused_by_name);

@@ -87,6 +87,11 @@ static void refusals_name_the_field(void)
         { "{\"stop_token_ids\":[4096]}", -ERANGE, "stop_token_ids" }, { "{\"stop_token_ids\":[\"1\"]}", -EPROTO, "stop_token_ids" },
         { "{\"logit_bias\":{\"x\":1}}", -ERANGE, "logit_bias" }, { "{\"logit_bias\":{\"1\":101}}", -ERANGE, "logit_bias" },
         { "{\"logit_bias\":[]}", -EPROTO, "logit_bias" }, { "{\"seed\":0.5}", -EPROTO, "seed" },
+        { "{\"seed\":9223372036854775808}", -ERANGE, "seed" }, { "{\"seed\":-9223372036854775809}", -ERANGE, "seed" },
+        { "{\"seed\":100000000000000000000000}", -ERANGE, "seed" }, { "{\"cache_salt\":\"a\\u0000b\"}", -EINVAL, "cache_salt" },
+        { "{\"metadata\":5}", -EPROTO, "metadata" }, { "{\"metadata\":{\"a\":1}}", -EPROTO, "metadata.a" },
+        { "{\"store\":\"yes\"}", -EPROTO, "store" }, { "{\"service_tier\":\"first\"}", -EINVAL, "service_tier" },
+        { "{\"verbosity\":\"lo\"}", -EINVAL, "verbosity" }, { "{\"parallel_tool_calls\":1}", -EPROTO, "parallel_tool_calls" },
         { "{\"user\":3}", -EPROTO, "user" }, { "{\"temprature\":1}", -ENOKEY, "temprature" },
         { "{\"functions\":[]}", -ENOTSUP, "functions" }, { "{\"presence_penalty\":-3}", -ERANGE, "presence_penalty" },
         { "{\"min_p\":-0.1}", -ERANGE, "min_p" }, { "{\"repetition_penalty\":0}", -ERANGE, "repetition_penalty" },
@@ -118,6 +123,12 @@ static void bodies_that_are_not_json(void)
         { "{} x", 4, -EBADMSG }, { "{'a':1}", 7, -EBADMSG }, { "{\"a\":nan}", 9, -EBADMSG }, { "{\"a\":1,}", 8, -EBADMSG },
         { "{\"a\":\"\xff\"}", 9, -EILSEQ }, { "{\"a\":\"\xed\xa0\x80\"}", 11, -EILSEQ }, { "{\"a\":\"\xc0\x80\"}", 10, -EILSEQ },
         { "{\"a\":1}\0x", 9, -EBADMSG },
+#define ROW(text, code) { text, sizeof text - 1, code }
+        ROW("{\"a\":\"\\ud83e\\udd8a \\u0000\"}", 0), ROW("{\"a\":\"\\ud83e\"}", -EBADMSG), ROW("{\"a\":\"\\ud83e\\u0041\"}", -EBADMSG),
+        ROW("{\"a\":\"\\udd8a\"}", -EBADMSG), ROW("{\"a\":\"\\udd8a\\ud83e\"}", -EBADMSG), ROW("{\"a\":\"\\ud83e\\udd", -EBADMSG),
+        ROW("{\"a\":\"x\\", -EBADMSG), ROW("{\"a\\u0000\" :1}", -EBADMSG), ROW("{\"a\":\"x\ny\"}", -EBADMSG), ROW("{\"a\":\"x\ty\"}", -EBADMSG),
+        ROW("{\"a\":1.}", -EBADMSG), ROW("{\"a\":-01}", -EBADMSG), ROW("{\"a\":00}", -EBADMSG), ROW("{\"a\":1.e5}", -EBADMSG), ROW("{\"a\":1e}", -EBADMSG),
+        ROW("{\"a\":[-0.0e-7,0,10,1E+2,-1]}", 0), ROW("{\"a\":[true,false,null]}", 0), ROW("{\"a\":-}", -EBADMSG), ROW("{\"a\":\"\\\"'\"}", 0),
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         struct arle_err err = ARLE_ERR_INIT;
@@ -182,6 +193,11 @@ static void conversations_become_canonical(void)
                  "{\"role\":\"tool\",\"tool_call_id\":\"c1\",\"content\":\"ok\"}]}", 0,
                  "{\"messages\":[{\"role\":\"assistant\",\"content\":\"\",\"reasoning_content\":\"r\",\"tool_calls\":[{\"id\":\"c1\","
                  "\"name\":\"f\",\"arguments\":{\"b\":1,\"a\":[2]}}]},{\"role\":\"tool\",\"content\":\"ok\",\"tool_call_id\":\"c1\"}]"
+                 TAIL);
+    /* What only the host may say is dropped; a name that a model made up is taken back. */
+    conversation("{\"messages\":[{\"role\":\"assistant\",\"content\":\"a\",\"raw_content\":\"b\",\"raw\":{},\"tool_calls\":[{\"id\":\"c1\","
+                 "\"raw\":{\"text\":[\"<|im_end|>\"]},\"function\":{\"name\":\"do it\",\"raw\":{\"text\":[]},\"arguments\":{}}}]}]}", 0,
+                 "{\"messages\":[{\"role\":\"assistant\",\"content\":\"a\",\"tool_calls\":[{\"id\":\"c1\",\"name\":\"do it\",\"arguments\":{}}]}]"
                  TAIL);
     conversation("{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"reasoning_effort\":\"none\","
                  "\"chat_template_kwargs\":{\"k\":1}}", 0,

@@ -6,7 +6,7 @@
 
 #include <unistd.h>
 
-struct got { char text[8192], marks[512], client[4096]; size_t n, n_client; struct arle_chat_result res; };
+struct got { char text[8192], marks[512], client[4096], literal[512]; size_t n, n_client; struct arle_chat_result res; };
 
 static int take_text(void *ctx, const char *text, size_t len, uint32_t flags)
 {
@@ -15,6 +15,8 @@ static int take_text(void *ctx, const char *text, size_t len, uint32_t flags)
         return -ENOSPC;
     memcpy(g->text + g->n, text, len);
     g->text[g->n += len] = '\0';
+    if (flags == ARLE_TEXT_LITERAL)
+        strncat(g->literal, text, len);
     if (flags == ARLE_TEXT_CONTENT) {
         memcpy(g->client + g->n_client, text, len);
         g->client[g->n_client += len] = '\0';
@@ -108,6 +110,23 @@ static void earlier_reasoning_is_dropped_unless_preserved(void)
     expect("{\"messages\":[" U("a") "," A("b") "," U("<tool_response>x</tool_response>") "]}",
            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|>\n"
            "<|im_start|>user\n<tool_response>x</tool_response><|im_end|>\n");
+}
+
+#define RAW(lead, text) "{\"id\":\"1\",\"name\":\"f\",\"arguments\":{\"k\":1},\"raw\":{" lead "\"text\":" text "}}"
+#define CALLS(content, list) "{\"messages\":[" U("a") ",{\"role\":\"assistant\",\"content\":\"" content "\",\"tool_calls\":[" list "]}]}"
+#define TURN "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+static void calls_as_they_were_sampled(void)
+{
+    expect(CALLS("t", RAW("\"lead\":\"\\n\",", "[\"\",\"<tool_call>\",\" <|im_end|> \",\"</tool_call>\"]")),
+           TURN "t\n<tool_call> <|im_end|> </tool_call><|im_end|>\n");
+    EXPECT_STR(g.client, "at");             /* pieces are no client's text, whatever they spell */
+    EXPECT_STR(g.literal, "\n <|im_end|> ");
+    /* Without a lead the template's own separators; an empty piece list is a call written with the one before it. */
+    expect(CALLS("t", RAW("", "[\"x\"]") "," RAW("\"lead\":\"\",", "[]") "," RAW("", "[\"y\"]")), TURN "t\n\nx\ny<|im_end|>\n");
+    expect(CALLS("", RAW("", "[\"x\"]") ",{\"name\":\"g\"}"), TURN "x\n<tool_call>\n<function=g>\n</function>\n</tool_call><|im_end|>\n");
+    expect("{\"messages\":[" U("a") ",{\"role\":\"assistant\",\"content\":\"be fore\",\"raw_content\":\"be\",\"tool_calls\":["
+           RAW("", "[\"x fore\"]") "]}]}", TURN "be\n\nx fore<|im_end|>\n");
 }
 
 static void calls_and_their_results(void)
@@ -207,6 +226,7 @@ int main(void)
     RUN(system_and_thinking);
     RUN(earlier_reasoning_is_dropped_unless_preserved);
     RUN(calls_and_their_results);
+    RUN(calls_as_they_were_sampled);
     RUN(values_are_written_as_either_template_does);
     RUN(a_final_message_can_go_on);
     RUN(marks_lie_where_prefixes_may_be_kept);

@@ -74,6 +74,7 @@ struct arle_step {
 
 #define ARLE_TEXT_TEMPLATE 1u       /* made by the template: literals of special tokens count */
 #define ARLE_TEXT_CONTENT 2u        /* came from a client: literals of special tokens count only if the server allows it */
+#define ARLE_TEXT_LITERAL 4u        /* sampled as ordinary tokens: literals of special tokens never count */
 
 enum arle_chat_mark {
     ARLE_MARK_SYSTEM_END = 1,       /* end of system prompt and tools */
@@ -138,10 +139,20 @@ struct arle_model_api {
     /**
      * Renders a conversation. request_json (UTF-8):
      *   { "messages": [ { "role": "system|developer|user|assistant|tool", "content": "text", "reasoning_content": "text",
-     *       "tool_calls": [ { "id": "...", "name": "...", "arguments": {...} } ], "tool_call_id": "..." } ],
+     *       "tool_calls": [ { "id": "...", "name": "...", "arguments": {...}, "raw": {...} } ], "tool_call_id": "..." } ],
      *     "tools": [ as the client sent them ], "options": { "enable_thinking": bool, "reasoning_effort": "...", ... },
      *     "add_generation_prompt": bool, "continue_final": bool }
      * Absent keys are absent; `content` of parts was joined by the host. -EINVAL names the message ("messages[3].role").
+     *
+     * "raw" says how this model wrote the call, and is to be written in place of name and arguments:
+     *   { "lead": "white space", "text": [ "ordinary", "added", "ordinary", ... ] }
+     * `text` runs from section_open (or call_open) through the last closing tag and whatever was sampled behind it. Its
+     * pieces are alternately sampled as ordinary tokens (ARLE_TEXT_LITERAL) and as one added token (ARLE_TEXT_TEMPLATE); the
+     * first one is ordinary and may be empty. `lead` stands between it and what the message has before it; without it the
+     * template's own separator does. Calls of one section come together: the first has the text of all, the others have an
+     * empty lead and no pieces. A message with raw calls may have "raw_content": the part of `content` that was written before
+     * the calls, where the rest was written after them and stands in their text. Only the host sets these, never a client. A
+     * plugin may ignore both: then histories render in the template's regular form.
      * Any thread, reentrant.
      */
     int (*chat_render)(void *ctx, const char *request_json, size_t len, const struct arle_chat_sink *sink,
