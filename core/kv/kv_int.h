@@ -55,7 +55,8 @@ struct kv_node {
 struct kv_snap {
     int32_t node, next;                 /* node -1: free (next chains the free list) */
     uint32_t pos, cost;                 /* cost: tokens to recompute without it */
-    uint32_t hits, pins, busy;
+    uint32_t hits, busy;
+    uint32_t users;                     /* moves and promotions that need it */
     int32_t dev, host;                  /* record slots, -1 = none */
     uint64_t disk, disk_new;
     uint8_t store, store_new, origin, no_disk, no_store;
@@ -224,8 +225,8 @@ void tree_match(const struct kv *kv, int root, const int32_t *tokens, uint32_t n
 /** The deepest full node on the path of tokens [0, n) that has a device page. */
 int32_t tree_walk(const struct kv *kv, int root, const int32_t *tokens, uint32_t n);
 /** Adds or takes a user on node and all its ancestors. */
-void tree_pin(struct kv *kv, int32_t node);
-void tree_unpin(struct kv *kv, int32_t node);
+void tree_use(struct kv *kv, int32_t node);
+void tree_unuse(struct kv *kv, int32_t node);
 /** Enters the full pages of s that are final and known. */
 void tree_publish(struct kv_seq *s);
 /* Lets the nodes s stands on use its pages instead of second copies of their own. */
@@ -248,7 +249,7 @@ void tree_remove(struct kv *kv, int32_t node);
 void tree_drop_page(struct kv *kv, int32_t node);
 void tree_set_page(struct kv *kv, int32_t node, int32_t page);     /* takes over one reference of page */
 void snap_drop(struct kv *kv, int32_t snap);
-/** A device record for a snapshot, evicting a lesser one; -1: all are pinned. */
+/** A device record for a snapshot, evicting a lesser one; -1: all are in use. */
 int32_t snap_record_get(struct kv *kv);
 void snap_update(struct kv *kv, int32_t snap);
 void snap_copy(struct kv *kv, struct arle_stream *st, int32_t record, int32_t slot, bool restore);

@@ -1,7 +1,7 @@
 /*
  * Between device and host: copies down before the device runs full, copies up when a prompt asks for them, and which host copy
  * goes next. Copies run on their own stream, behind an event of the compute stream, in batches of one event each. Whatever is
- * being copied is pinned in the tree until the event has passed.
+ * being copied is in use in the tree until the event has passed.
  */
 #include "kv/kv_int.h"
 
@@ -113,7 +113,7 @@ void move_update_node(struct kv *kv, int32_t i)
 void move_update_snap(struct kv *kv, int32_t i)
 {
     const struct kv_snap *s = &kv->snaps[i];
-    bool idle = s->node >= 0 && s->pins == 0;
+    bool idle = s->node >= 0 && s->users == 0;
     put_or_remove(&kv->snap_host_heap, i, idle && s->host >= 0, s->prio);
     put_or_remove(&kv->snap_down_heap, i, kv->host_states.n > 0 && idle && s->dev >= 0 && s->host < 0
                   && s->disk == 0 && !s->store && (kv->cfg.host_bytes > 0 || s->pos % 64 == 0),
@@ -239,14 +239,14 @@ static void move_add(struct kv *kv, struct kv_move *m, int32_t node, int32_t sna
         m->item[m->n].fill = kv->nodes[node].fill;
         kv->nodes[node].busy++;
         kv->nodes[node].rising = m->up;
-        tree_pin(kv, node);
+        tree_use(kv, node);
         page_copy_host(kv, kv->copy, dev, host, m->up);
         m->bytes += kv->page_total;
     } else {
         kv->snaps[snap].busy++;
-        kv->snaps[snap].pins++;
+        kv->snaps[snap].users++;
         snap_update(kv, snap);
-        tree_pin(kv, kv->snaps[snap].node);
+        tree_use(kv, kv->snaps[snap].node);
         state_copy_host(kv, dev, host, m->up);
         m->bytes += kv->state_total;
     }
@@ -271,14 +271,14 @@ static void node_moved(struct kv *kv, bool up, int32_t node, int32_t dev, int32_
     } else {
         page_unref(&kv->host_pages, host);      /* it grew meanwhile, or another copy was first */
     }
-    tree_unpin(kv, node);
+    tree_unuse(kv, node);
 }
 
 static void snap_moved(struct kv *kv, bool up, int32_t snap, int32_t dev, int32_t host)
 {
     struct kv_snap *s = &kv->snaps[snap];
     s->busy--;
-    s->pins--;
+    s->users--;
     if (up && s->dev < 0)
         s->dev = dev;
     else if (up)
@@ -288,7 +288,7 @@ static void snap_moved(struct kv *kv, bool up, int32_t snap, int32_t dev, int32_
     else
         page_unref(&kv->host_states, host);
     snap_update(kv, snap);
-    tree_unpin(kv, s->node);
+    tree_unuse(kv, s->node);
 }
 
 void move_measured(struct kv *kv, enum kv_tier tier, uint64_t bytes, int64_t us)
@@ -467,9 +467,9 @@ static bool start_up(struct kv *kv, const struct kv_promo *p)
 
 static void promo_end(struct kv *kv, struct kv_promo *p)
 {
-    tree_unpin(kv, p->node);
+    tree_unuse(kv, p->node);
     if (p->snap >= 0) {
-        kv->snaps[p->snap].pins--;
+        kv->snaps[p->snap].users--;
         snap_update(kv, p->snap);
     }
     p->node = -1;
@@ -494,7 +494,7 @@ static bool promo_lost(struct kv *kv, struct kv_promo *p)
     if (lost < 0 && !state)
         return false;
     promo_end(kv, p);
-    if (state && kv->snaps[snap].pins == 0)
+    if (state && kv->snaps[snap].users == 0)
         snap_drop(kv, snap);
     if (lost >= 0 && kv->nodes[lost].users == 0)
         tree_remove(kv, lost);
@@ -554,9 +554,9 @@ int move_fetch(struct kv *kv, const struct kv_match *m)
             return -EAGAIN;
         *p = (struct kv_promo){ .node = m->node, .snap = m->snap, .start_us = clock_mono_us() };
         kv->n_promos++;
-        tree_pin(kv, p->node);
+        tree_use(kv, p->node);
         if (p->snap >= 0) {
-            kv->snaps[p->snap].pins++;
+            kv->snaps[p->snap].users++;
             snap_update(kv, p->snap);
         }
         promo_advance(kv, p);

@@ -218,7 +218,7 @@ static struct kv_seq *seq_build(struct kv *kv, const int32_t *tokens, uint32_t n
     if (a->root >= 0) {
         s->cursor = a->m.node < 0 ? kv->roots[a->root].node : a->m.pos % kv->pt == 0 ? a->m.node : kv->nodes[a->m.node].parent;
         s->published = a->shared * kv->pt;
-        tree_pin(kv, s->cursor);
+        tree_use(kv, s->cursor);
     }
     return s;
 }
@@ -238,11 +238,11 @@ int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t 
     if (r < 0)
         return r;
 
-    tree_pin(kv, a.m.node);             /* what is attached must outlive the search for room */
+    tree_use(kv, a.m.node);             /* what is attached must outlive the search for room */
     bool room = tree_make_room(kv, a.need);
     struct kv_seq *s = room ? seq_build(kv, tokens, n, &a) : NULL;
     if (s == NULL) {
-        tree_unpin(kv, a.m.node);
+        tree_unuse(kv, a.m.node);
         return room ? arle_err_set(err, -ENOMEM, "no memory for a sequence")
                     : arle_err_set(err, -EAGAIN, "%u pages needed, %u are free", a.need, kv->pages.n_free);
     }
@@ -255,7 +255,7 @@ int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t 
     } else {
         slot_clear(kv, s->slot);
     }
-    tree_unpin(kv, a.m.node);
+    tree_unuse(kv, a.m.node);
     move_fetched(kv, a.m.node);
     seq_link(s);
     mark_defaults(s, &a);
@@ -387,7 +387,7 @@ static void leave_device(struct kv_seq *s)
 {
     struct kv *kv = s->kv;
     if (s->cursor >= 0)
-        tree_unpin(kv, s->cursor);
+        tree_unuse(kv, s->cursor);
     s->cursor = -1;
     for (uint32_t i = 0; i < s->n_pages; i++)
         if (!page_unref(&kv->pages, s->pages[i]))
@@ -517,13 +517,13 @@ int kv_seq_resume(struct kv_seq *s)
         uint32_t known = s->n_computed < s->n_tokens ? s->n_computed : s->n_tokens;
         node = tree_walk(kv, s->root, s->tokens, known);
         shared = (kv->nodes[node].start + kv->nodes[node].fill) / kv->pt;
-        tree_pin(kv, node);
+        tree_use(kv, node);
     }
     if (want < used)
         want = used;
     if (!tree_make_room(kv, want - shared)) {
         if (node >= 0)
-            tree_unpin(kv, node);
+            tree_unuse(kv, node);
         return -EAGAIN;
     }
     s->slot = page_alloc(&kv->slots);

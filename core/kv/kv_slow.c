@@ -114,7 +114,7 @@ void slow_update_node(struct kv *kv, int32_t i)
 void slow_update_snap(struct kv *kv, int32_t i)
 {
     const struct kv_snap *s = &kv->snaps[i];
-    bool idle = s->node >= 0 && s->pins == 0 && s->host >= 0 && s->pos % CADENCE == 0;
+    bool idle = s->node >= 0 && s->users == 0 && s->host >= 0 && s->pos % CADENCE == 0;
     const struct kv_node *n = s->node >= 0 ? &kv->nodes[s->node] : NULL;
     if (kv->slow->disk.disk != NULL)
         put_or_remove(&kv->snap_disk_heap, i, idle && !s->no_disk && s->disk == 0 && s->disk_new == 0 && (n->disk || n->disk_new), s->pos);
@@ -140,7 +140,7 @@ static void job_node(struct kv *kv, struct kv_job *j, int op, int32_t node, int3
                                  .bytes = kv->page_total, .handle = node } };
     memcpy(j->salt, kv->roots[n->root].salt, KV_SALT_BYTES);
     n->busy++;
-    tree_pin(kv, node);
+    tree_use(kv, node);
 }
 
 static void job_snap(struct kv *kv, struct kv_job *j, int op, int32_t snap, int32_t host)
@@ -149,9 +149,9 @@ static void job_snap(struct kv *kv, struct kv_job *j, int op, int32_t snap, int3
     *j = (struct kv_job){ .op = (uint8_t)op, .host = host, .data = host_state_ptr(kv, host),
                           .o = { .kind = KV_DISK_STATE, .start = s->pos, .bytes = kv->state_total, .handle = snap } };
     s->busy++;
-    s->pins++;
+    s->users++;
     snap_update(kv, snap);
-    tree_pin(kv, s->node);
+    tree_use(kv, s->node);
 }
 
 static void submit(struct kv_mover *m, const struct kv_job *j)
@@ -450,7 +450,7 @@ static void drop_if_lost(struct kv *kv, uint32_t kind, int32_t i)
             tree_remove(kv, i);
     } else {
         const struct kv_snap *s = &kv->snaps[i];
-        if (s->node >= 0 && s->dev < 0 && !snap_elsewhere(s) && s->pins == 0)
+        if (s->node >= 0 && s->dev < 0 && !snap_elsewhere(s) && s->users == 0)
             snap_drop(kv, i);
     }
 }
@@ -490,7 +490,7 @@ static void put_node_done(struct kv *kv, const struct kv_job *j, bool disk)
         n->no_store = j->result < 0;
     }
     page_unref(&kv->host_pages, j->host);
-    tree_unpin(kv, j->o.handle);
+    tree_unuse(kv, j->o.handle);
     if (j->result < 0)
         update_below(kv, j->o.handle);
 }
@@ -499,7 +499,7 @@ static void put_snap_done(struct kv *kv, const struct kv_job *j, bool disk)
 {
     struct kv_snap *s = &kv->snaps[j->o.handle];
     s->busy--;
-    s->pins--;
+    s->users--;
     if (disk && s->disk_new == j->o.id) {
         s->disk_new = 0;
         s->disk = j->result == 0 ? j->o.id : 0;
@@ -511,7 +511,7 @@ static void put_snap_done(struct kv *kv, const struct kv_job *j, bool disk)
     }
     page_unref(&kv->host_states, j->host);
     snap_update(kv, j->o.handle);
-    tree_unpin(kv, s->node);
+    tree_unuse(kv, s->node);
 }
 
 static void get_node_done(struct kv *kv, const struct kv_job *j, bool disk)
@@ -528,14 +528,14 @@ static void get_node_done(struct kv *kv, const struct kv_job *j, bool disk)
         if (j->result < 0 && !disk)
             n->store = 0;
     }
-    tree_unpin(kv, j->o.handle);
+    tree_unuse(kv, j->o.handle);
 }
 
 static void get_snap_done(struct kv *kv, const struct kv_job *j, bool disk)
 {
     struct kv_snap *s = &kv->snaps[j->o.handle];
     s->busy--;
-    s->pins--;
+    s->users--;
     if (j->result == 0 && s->host < 0) {
         s->origin = disk ? TIER_DISK : TIER_STORE;
         s->host = j->host;
@@ -547,7 +547,7 @@ static void get_snap_done(struct kv *kv, const struct kv_job *j, bool disk)
             s->store = 0;
     }
     snap_update(kv, j->o.handle);
-    tree_unpin(kv, s->node);
+    tree_unuse(kv, s->node);
 }
 
 static void probe_done(struct kv *kv, struct kv_job *j)

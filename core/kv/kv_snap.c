@@ -21,7 +21,7 @@ void snap_copy(struct kv *kv, struct arle_stream *st, int32_t record, int32_t sl
 void snap_update(struct kv *kv, int32_t i)
 {
     struct kv_snap *s = &kv->snaps[i];
-    if (s->node >= 0 && s->dev >= 0 && s->pins == 0)
+    if (s->node >= 0 && s->dev >= 0 && s->users == 0)
         kv_heap_put(&kv->snap_heap, i, s->prio);
     else
         kv_heap_remove(&kv->snap_heap, i);
@@ -53,7 +53,7 @@ void snap_drop(struct kv *kv, int32_t i)
 {
     struct kv_snap *s = &kv->snaps[i];
     struct kv_node *n = &kv->nodes[s->node];
-    KV_CHECK(s->pins == 0);
+    KV_CHECK(s->users == 0);
     uint64_t hash = snap_hash(kv, s);
     kv->ghosts[hash % KV_GHOSTS] = hash;
     int32_t *at = &n->snaps, node = s->node;
@@ -146,7 +146,7 @@ bool tree_snapshot(struct kv_seq *s, uint32_t pos)
         snap_touch(kv, i);
         return true;
     }
-    tree_pin(kv, node);                 /* making room must not take the ground from under it */
+    tree_use(kv, node);                 /* making room must not take the ground from under it */
     int32_t rec = snap_record_get(kv);
     if (rec >= 0 && (i = snap_find(kv, node, pos)) < 0 && (i = snap_new(kv, node, pos, pos - s->last_snap)) < 0)
         page_unref(&kv->snap_pool, rec);
@@ -157,6 +157,6 @@ bool tree_snapshot(struct kv_seq *s, uint32_t pos)
         kv->st.snapshots_taken++;
         snap_touch(kv, i);
     }
-    tree_unpin(kv, node);
+    tree_unuse(kv, node);
     return rec >= 0 && i >= 0;
 }

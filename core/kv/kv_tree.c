@@ -312,14 +312,14 @@ void tree_page_released(struct kv *kv, int32_t page)
         tree_update(kv, kv->page_node[page]);
 }
 
-void tree_pin(struct kv *kv, int32_t i)
+void tree_use(struct kv *kv, int32_t i)
 {
     for (; i >= 0; i = kv->nodes[i].parent)
         if (kv->nodes[i].users++ == 0)
             tree_update(kv, i);
 }
 
-void tree_unpin(struct kv *kv, int32_t i)
+void tree_unuse(struct kv *kv, int32_t i)
 {
     for (; i >= 0; i = kv->nodes[i].parent) {
         struct kv_node *n = &kv->nodes[i];
@@ -528,7 +528,7 @@ static int32_t child_for(struct kv_seq *s, uint32_t start, uint32_t len)
     }
     uint64_t hash = tree_path_hash(kv->nodes[s->cursor].hash, tokens, len);
     if (mine < 0) {
-        /* A page can back one node only; it backs another one when that node was pinned while it should have grown. */
+        /* A page can back one node only; it backs another one when that node was in use while it should have grown. */
         mine = kv->page_node[page] < 0 ? node_alloc(kv) : -1;
         if (mine < 0)
             return -1;
@@ -565,9 +565,9 @@ int32_t tree_enter(struct kv *kv, int32_t parent, const int32_t *tokens, uint32_
     int32_t i = n == kv->pt ? full_child(kv, parent, hash, tokens) : -1;
     if (i >= 0)
         return i;
-    tree_pin(kv, parent);
+    tree_use(kv, parent);
     i = node_alloc(kv);
-    tree_unpin(kv, parent);
+    tree_unuse(kv, parent);
     if (i < 0)
         return -1;
     struct kv_node *k = &kv->nodes[i];
