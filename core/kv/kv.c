@@ -97,6 +97,8 @@ int kv_create(struct kv **out, const struct kv_config *cfg, struct arle_device *
         kv->cfg.snapshot_align = 64;
     if (kv->cfg.tenant_quota_pct == 0 || kv->cfg.tenant_quota_pct > 100)
         kv->cfg.tenant_quota_pct = 100;
+    if (kv->cfg.pin_pct == 0 || kv->cfg.pin_pct > 100)
+        kv->cfg.pin_pct = 50;
     kv->identity = strdup(cfg->identity != NULL ? cfg->identity : "");
     kv->disk_dir = strdup(cfg->disk_dir != NULL ? cfg->disk_dir : "");
     if (kv->identity == NULL || kv->disk_dir == NULL)
@@ -148,6 +150,7 @@ void kv_destroy(struct kv *kv)
             kv->mem->free(kv->dev, ARLE_MEM_DEVICE, kv->base[i]);
     if (kv->snap_base != NULL)
         kv->mem->free(kv->dev, ARLE_MEM_DEVICE, kv->snap_base);
+    pin_fini(kv);
     tree_fini(kv);
     page_pool_fini(&kv->pages);
     page_pool_fini(&kv->slots);
@@ -191,6 +194,9 @@ void kv_publish_stats(struct kv *kv)
     if (kv->slow != NULL)
         slow_stats(kv, &s);
     s.snapshot_bytes = (uint64_t)(kv->snap_pool.n - kv->snap_pool.n_free) * kv->state_total;
+    s.pins = kv->n_pins;
+    s.pinned_pages = kv->pinned_nodes;
+    s.pinned_states = kv->pinned_snaps;
     s.slots_total = kv->slots.n;
     s.slots_free = kv->slots.n_free;
     uint64_t words[sizeof s / sizeof(uint64_t)];

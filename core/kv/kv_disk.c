@@ -34,10 +34,11 @@ struct object {
     int32_t *chunks; uint32_t n_chunks;
     uint64_t used;                      /* clock at last use of it or of something below it */
     bool moved;                         /* compaction is moving one of its chunks */
+    bool pinned;
     struct object *up, *kids, *prev, *next, *hnext;
 };
 
-struct segment { uint32_t num; int fd; uint64_t bytes, live, used; };
+struct segment { uint32_t num; int fd; uint64_t bytes, live, used; bool pinned; };     /* used, pinned: see seg_ages */
 
 struct kv_disk {
     char *path, *identity;
@@ -505,13 +506,15 @@ static bool obj_in_seg(const struct kv_disk *d, const struct object *o, uint32_t
 static void seg_ages(struct kv_disk *d)
 {
     for (uint32_t i = 0; i < d->n_segs; i++)
-        d->segs[i].used = 0;
+        d->segs[i].used = 0, d->segs[i].pinned = false;
     for (uint32_t b = 0; b < BUCKETS; b++)
         for (struct object *o = d->table[b]; o != NULL; o = o->hnext)
             for (uint32_t i = 0; i < o->n_chunks; i++) {
                 struct segment *s = seg_find(d, d->chunks[o->chunks[i]].ref.seg);
                 if (s != NULL && s->used < o->used)
                     s->used = o->used;
+                if (s != NULL)
+                    s->pinned |= o->pinned;
             }
 }
 
@@ -586,6 +589,11 @@ static void seg_evict(struct kv_disk *d, uint32_t num)
         seg_unlink(d, s);
 }
 
+static bool goes_before(const struct segment *a, const struct segment *b)
+{
+    return a->pinned != b->pinned ? b->pinned : a->used < b->used;
+}
+
 static bool reclaim(struct kv_disk *d)
 {
     int32_t victim = -1;
@@ -593,7 +601,7 @@ static bool reclaim(struct kv_disk *d)
         seg_finish(d);
     seg_ages(d);
     for (uint32_t i = 0; i < d->n_segs; i++)
-        if ((int32_t)i != d->cur && (victim < 0 || d->segs[i].used < d->segs[victim].used))
+        if ((int32_t)i != d->cur && (victim < 0 || goes_before(&d->segs[i], &d->segs[victim])))
             victim = (int32_t)i;
     if (victim < 0)
         return false;
@@ -717,6 +725,13 @@ void kv_disk_remove(struct kv_disk *d, uint64_t id)
         return;
     obj_drop(d, o, true, false);
     tidy(d);
+}
+
+void kv_disk_pin(struct kv_disk *d, uint64_t id, bool pinned)
+{
+    struct object *o = obj_find(d, id);
+    if (o != NULL)
+        o->pinned = pinned;
 }
 
 bool kv_disk_next_lost(struct kv_disk *d, uint64_t *id, uint32_t *kind, int32_t *handle)

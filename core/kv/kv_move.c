@@ -99,13 +99,16 @@ void move_update_node(struct kv *kv, int32_t i)
     const struct kv_node *n = &kv->nodes[i];
     bool idle = n->parent >= 0 && n->users == 0;
     bool barren = kv->has_state && n->kids == 0 && n->snaps < 0;
-    put_or_remove(&kv->host_heap, i, idle && n->host >= 0 && n->host_kids == 0, n->prio);
+    /* A pinned page that has left the device is not pushed out of a host tier. In the staging area everything has to pass. */
+    bool stay = n->pinned > 0 && n->page < 0 && kv->cfg.host_bytes > 0;
+    double late = n->pinned == 0 ? 0 : n->page >= 0 || n->disk != 0 || n->store ? KV_LATE : 2 * KV_LATE;
+    put_or_remove(&kv->host_heap, i, idle && n->host >= 0 && n->host_kids == 0 && !stay, n->prio + late);
     /* What a slower tier has is not copied again: device and host would pass it round. Without a host tier of its own the host
      * takes only what can go further. */
     bool stays = n->disk == 0 && !n->store
                  && (kv->cfg.host_bytes > 0 || n->fill == kv->pt || (n->start + n->fill) % 64 == 0);
     put_or_remove(&kv->down_heap, i, kv->host_pages.n > 0 && idle && n->page >= 0 && n->host < 0 && !barren && stays
-                  && kv->pages.refs[n->page] == 1, n->prio);
+                  && kv->pages.refs[n->page] == 1, n->prio + (n->pinned > 0 ? KV_LATE : 0));
     if (kv->slow != NULL)
         slow_update_node(kv, i);
 }
@@ -114,10 +117,12 @@ void move_update_snap(struct kv *kv, int32_t i)
 {
     const struct kv_snap *s = &kv->snaps[i];
     bool idle = s->node >= 0 && s->users == 0;
-    put_or_remove(&kv->snap_host_heap, i, idle && s->host >= 0, s->prio);
+    bool stay = s->pinned > 0 && s->dev < 0 && kv->cfg.host_bytes > 0;
+    double late = s->pinned == 0 ? 0 : s->dev >= 0 || s->disk != 0 || s->store ? KV_LATE : 2 * KV_LATE;
+    put_or_remove(&kv->snap_host_heap, i, idle && s->host >= 0 && !stay, s->prio + late);
     put_or_remove(&kv->snap_down_heap, i, kv->host_states.n > 0 && idle && s->dev >= 0 && s->host < 0
                   && s->disk == 0 && !s->store && (kv->cfg.host_bytes > 0 || s->pos % 64 == 0),
-                  kv->slow != NULL && s->pos % 64 == 0 ? s->prio - TAIL_LATER : s->prio);
+                  s->pinned > 0 ? s->prio + KV_LATE : kv->slow != NULL && s->pos % 64 == 0 ? s->prio - TAIL_LATER : s->prio);
     if (kv->slow != NULL)
         slow_update_snap(kv, i);
 }
@@ -317,27 +322,38 @@ static void move_done(struct kv *kv, struct kv_move *m)
 
 /* ---- down ----------------------------------------------------------------------------------------------------------- */
 
+/* Whether the host's least copy costs nothing. Pinned ones stay where there is a host tier; the staging area only passes things on. */
+static bool spare_copy(const struct kv *kv, bool lower, uint32_t pinned)
+{
+    return lower && (pinned == 0 || kv->cfg.host_bytes == 0);
+}
+
 /*
- * Pages go down while the host has places that are free or hold what is on disk too, and otherwise until half of the device could be free at once. What is least worth
- * goes first in both directions, so that the clean half is the one that is evicted.
+ * Pages go down while the host has places that are free or hold what is on disk too, and otherwise until half of the device
+ * could be free at once. What is least worth goes first in both directions, so that the clean half is the one that is evicted.
+ * Pinned pages are not evicted for anyone but a running sequence: they count for neither half, and go down last.
  */
 static bool pages_should_go(const struct kv *kv)
 {
     int32_t least = kv_heap_min(&kv->host_heap);
-    bool free_place = kv->host_pages.n_free > 0 || (least >= 0 && (kv->nodes[least].disk || kv->nodes[least].store));
-    uint64_t clean = kv->pages.n_free + kv->idle_pages - kv->down_heap.n;
-    return kv->down_heap.n > 0 && (free_place || clean < kv->pages.n / 2);
+    bool free_place = kv->host_pages.n_free > 0
+                      || (least >= 0 && spare_copy(kv, kv->nodes[least].disk || kv->nodes[least].store, kv->nodes[least].pinned));
+    uint32_t dirty = kv->down_heap.n - kv->down_heap.n_late;
+    uint64_t clean = kv->pages.n_free + kv->idle_pages - kv->idle_pinned - dirty;
+    return kv->down_heap.n > 0 && (free_place || (dirty > 0 && clean < (kv->pages.n - kv->idle_pinned) / 2));
 }
 
 static bool states_should_go(const struct kv *kv)
 {
     int32_t least = kv_heap_min(&kv->snap_host_heap);
-    bool free_place = kv->host_states.n_free > 0 || (least >= 0 && (kv->snaps[least].disk || kv->snaps[least].store));
-    uint32_t clean = kv->snap_pool.n_free + kv->snap_heap.n - kv->snap_down_heap.n;
+    bool free_place = kv->host_states.n_free > 0
+                      || (least >= 0 && spare_copy(kv, kv->snaps[least].disk || kv->snaps[least].store, kv->snaps[least].pinned));
+    uint32_t dirty = kv->snap_down_heap.n - kv->snap_down_heap.n_late;
+    uint32_t clean = kv->snap_pool.n_free + kv->snap_heap.n - kv->snap_heap.n_late - dirty;
     /* A tail can go no further than the host: it would keep places from those that are on their way to a slower tier. */
     int32_t next = kv_heap_min(&kv->snap_down_heap);
     bool tail = kv->slow != NULL && next >= 0 && kv->snaps[next].pos % 64 != 0;
-    return next >= 0 && ((free_place && !tail) || clean < kv->snap_pool.n / 2);
+    return next >= 0 && ((free_place && !tail) || (dirty > 0 && clean < (kv->snap_pool.n - kv->snap_heap.n_late) / 2));
 }
 
 void move_down(struct kv *kv)
@@ -427,7 +443,7 @@ static int raise_one(struct kv *kv, struct kv_move **m, int32_t node, int32_t sn
 {
     if (*m == NULL && (*m = move_new(kv, true)) == NULL)
         return -EAGAIN;
-    int32_t dev = node < 0 ? snap_record_get(kv) : tree_make_room(kv, 1) ? page_alloc(&kv->pages) : -1;
+    int32_t dev = node < 0 ? snap_record_get(kv) : tree_make_room(kv, 1, false) ? page_alloc(&kv->pages) : -1;
     if (dev < 0)
         return -ENOSPC;
     move_add(kv, *m, node, snap, dev, node >= 0 ? kv->nodes[node].host : kv->snaps[snap].host);
@@ -533,7 +549,7 @@ static int promo_advance(struct kv *kv, struct kv_promo *p)
     return 0;
 }
 
-static void moves_finish(struct kv *kv)
+void moves_finish(struct kv *kv)
 {
     for (int i = 0; i < N_MOVES; i++)
         if (kv->move[i].n > 0 && kv->mem->event_query(kv->dev, kv->move[i].ev) != 0)

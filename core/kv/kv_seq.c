@@ -223,6 +223,15 @@ static struct kv_seq *seq_build(struct kv *kv, const int32_t *tokens, uint32_t n
     return s;
 }
 
+/* What copies held that have passed may be enough; if not, pins give way. */
+static bool room_last(struct kv *kv, uint32_t n)
+{
+    if (tree_make_room(kv, n, false))
+        return true;
+    moves_finish(kv);
+    return tree_make_room(kv, n, false) || tree_make_room(kv, n, true);
+}
+
 int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t *tokens, uint32_t n, struct kv_seq **out,
                 struct kv_hit *hit, struct arle_err *err)
 {
@@ -239,7 +248,7 @@ int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t 
         return r;
 
     tree_use(kv, a.m.node);             /* what is attached must outlive the search for room */
-    bool room = tree_make_room(kv, a.need);
+    bool room = room_last(kv, a.need);
     struct kv_seq *s = room ? seq_build(kv, tokens, n, &a) : NULL;
     if (s == NULL) {
         tree_unuse(kv, a.m.node);
@@ -312,16 +321,16 @@ uint32_t kv_seq_cut(const struct kv_seq *s, uint32_t from, uint32_t want)
     return cut > from ? cut : from;
 }
 
-/* Room for a running sequence, which outranks promotions and what it holds twice itself. */
+/* Room for a running sequence, which outranks what it holds twice itself, promotions, and at last pins. */
 static bool room_to_run(struct kv_seq *s, uint32_t n)
 {
-    if (tree_make_room(s->kv, n))
+    if (tree_make_room(s->kv, n, false))
         return true;
     tree_share(s);
-    if (tree_make_room(s->kv, n))
+    if (tree_make_room(s->kv, n, false))
         return true;
     move_end_promos(s->kv);
-    return tree_make_room(s->kv, n);
+    return room_last(s->kv, n);
 }
 
 int kv_seq_reserve(struct kv_seq *s, uint32_t n_tokens)
@@ -521,7 +530,7 @@ int kv_seq_resume(struct kv_seq *s)
     }
     if (want < used)
         want = used;
-    if (!tree_make_room(kv, want - shared)) {
+    if (!room_last(kv, want - shared)) {
         if (node >= 0)
             tree_unuse(kv, node);
         return -EAGAIN;
@@ -573,6 +582,20 @@ void kv_step_end(struct kv *kv)
     kv_publish_stats(kv);
 }
 
+/* The states of a pinned page that no pin holds. */
+static bool flush_states(struct kv *kv, int32_t node)
+{
+    bool any = false;
+    for (int32_t s = kv->nodes[node].snaps, next; s >= 0; s = next) {
+        next = kv->snaps[s].next;
+        if (kv->snaps[s].pinned == 0 && kv->snaps[s].users == 0) {
+            snap_drop(kv, s);
+            any = true;
+        }
+    }
+    return any;
+}
+
 void kv_flush(struct kv *kv)
 {
     move_end_promos(kv);
@@ -581,7 +604,9 @@ void kv_flush(struct kv *kv)
         any = false;
         for (uint32_t i = 0; i < kv->nodes_used; i++) {
             const struct kv_node *n = &kv->nodes[i];
-            if (n->parent >= 0 && n->users == 0 && n->kids == 0 && (n->page < 0 || kv->pages.refs[n->page] == 1)) {
+            if (n->parent >= 0 && n->pinned > 0)
+                any |= flush_states(kv, (int32_t)i);
+            else if (n->parent >= 0 && n->users == 0 && n->kids == 0 && (n->page < 0 || kv->pages.refs[n->page] == 1)) {
                 tree_remove(kv, (int32_t)i);
                 any = true;
             }

@@ -23,6 +23,7 @@ struct kv_slow {
     struct kv_mover disk, store;    /* .disk / .store NULL when there is none */
     uint64_t next_id;
     uint64_t *dels; uint32_t n_dels, cap_dels;
+    int32_t *marks; uint32_t n_marks, cap_marks;        /* nodes, and ~snapshots, of which the disk is told whether they are pinned */
     uint8_t (*keys)[32];            /* cluster key of each node */
     int64_t store_shut_until, store_backoff;
     struct asked asked[PROBES]; uint32_t next_asked;
@@ -212,6 +213,42 @@ static void write_store(struct kv *kv)
     }
 }
 
+/* Says what holds now: marks may be handled in any order, and more than once. */
+static void tell_pinned(struct kv *kv, int32_t mark)
+{
+    uint64_t id = mark >= 0 ? kv->nodes[mark].disk : kv->snaps[~mark].disk;
+    bool pinned = (mark >= 0 ? kv->nodes[mark].pinned : kv->snaps[~mark].pinned) > 0;
+    struct kv_job j = { .op = JOB_PIN, .o = { .id = id, .parent = 1 }, .pinned = pinned };
+    if (id != 0)
+        submit(&kv->slow->disk, &j);
+}
+
+static void mark_pinned(struct kv *kv, int32_t mark)
+{
+    struct kv_slow *sl = kv->slow;
+    if (sl->n_marks == sl->cap_marks) {
+        uint32_t cap = sl->cap_marks ? sl->cap_marks * 2 : 1024;
+        int32_t *more = realloc(sl->marks, cap * sizeof *more);
+        if (more == NULL)
+            return;                 /* its segment goes in its turn */
+        sl->marks = more;
+        sl->cap_marks = cap;
+    }
+    sl->marks[sl->n_marks++] = mark;
+}
+
+void slow_pinned_node(struct kv *kv, int32_t i)
+{
+    if (kv->slow != NULL && kv->slow->disk.disk != NULL && kv->nodes[i].disk != 0)
+        mark_pinned(kv, i);
+}
+
+void slow_pinned_snap(struct kv *kv, int32_t i)
+{
+    if (kv->slow != NULL && kv->slow->disk.disk != NULL && kv->snaps[i].disk != 0)
+        mark_pinned(kv, ~i);
+}
+
 void slow_write(struct kv *kv)
 {
     struct kv_slow *sl = kv->slow;
@@ -220,6 +257,8 @@ void slow_write(struct kv *kv)
             struct kv_job j = { .op = JOB_DEL, .o = { .id = sl->dels[--sl->n_dels], .parent = 1 } };
             submit(&sl->disk, &j);
         }
+        while (sl->n_marks > 0 && sl->disk.in_flight < MAX_QUEUED)
+            tell_pinned(kv, sl->marks[--sl->n_marks]);
         write_disk(kv);
     }
     if (sl->store.store != NULL && (kv->store_heap.n > 0 || kv->snap_store_heap.n > 0) && store_open(kv))
@@ -463,11 +502,11 @@ static void disk_lost(struct kv *kv, const struct kv_job *j)
     if (j->o.kind == KV_DISK_PAGE && (uint32_t)i < kv->nodes_used && kv->nodes[i].disk == j->o.id) {
         kv->nodes[i].disk = 0;
         kv->nodes[i].no_disk = 1;       /* or memory and disk would play ball with it */
-        slow_update_node(kv, i);
+        move_update_node(kv, i);
     } else if (j->o.kind == KV_DISK_STATE && (uint32_t)i < kv->snaps_used && kv->snaps[i].disk == j->o.id) {
         kv->snaps[i].disk = 0;
         kv->snaps[i].no_disk = 1;
-        slow_update_snap(kv, i);
+        move_update_snap(kv, i);
     } else {
         return;
     }
@@ -482,6 +521,8 @@ static void put_node_done(struct kv *kv, const struct kv_job *j, bool disk)
         n->disk_new = 0;
         n->disk = j->result == 0 ? j->o.id : 0;
         n->no_disk = j->result < 0;
+        if (n->pinned > 0)
+            slow_pinned_node(kv, j->o.handle);
     } else if (disk && j->result == 0) {
         forget_id(kv, j->o.id);
     } else if (!disk && n->store_new) {
@@ -504,6 +545,8 @@ static void put_snap_done(struct kv *kv, const struct kv_job *j, bool disk)
         s->disk_new = 0;
         s->disk = j->result == 0 ? j->o.id : 0;
         s->no_disk = j->result < 0;
+        if (s->pinned > 0)
+            slow_pinned_snap(kv, j->o.handle);
     } else if (!disk && s->store_new) {
         s->store_new = 0;
         s->store = j->result == 0;
@@ -595,7 +638,7 @@ static void job_done(struct kv *kv, struct kv_job *j, bool disk)
         disk_lost(kv, j);
         return;
     }
-    if (j->op == JOB_DEL)
+    if (j->op == JOB_DEL || j->op == JOB_PIN)
         return;
     account(kv, j, disk);
     if (j->op == JOB_PROBE)
@@ -635,7 +678,7 @@ bool slow_idle(const struct kv *kv)
 {
     const struct kv_slow *sl = kv->slow;
     bool disk = sl->disk.disk == NULL
-                || (sl->disk.in_flight == 0 && sl->n_dels == 0 && kv->disk_heap.n == 0 && kv->snap_disk_heap.n == 0);
+                || (sl->disk.in_flight == 0 && sl->n_dels == 0 && sl->n_marks == 0 && kv->disk_heap.n == 0 && kv->snap_disk_heap.n == 0);
     bool shut = sl->store.store == NULL || !store_open(kv);
     return disk && (sl->store.store == NULL || (sl->store.in_flight == 0
                     && (shut || (kv->store_heap.n == 0 && kv->snap_store_heap.n == 0))));
@@ -786,6 +829,7 @@ void slow_fini(struct kv *kv)
     kv_heap_fini(&kv->snap_disk_heap);
     kv_heap_fini(&kv->snap_store_heap);
     free(sl->dels);
+    free(sl->marks);
     free(sl->keys);
     free(sl);
     kv->slow = NULL;

@@ -22,7 +22,7 @@ void snap_update(struct kv *kv, int32_t i)
 {
     struct kv_snap *s = &kv->snaps[i];
     if (s->node >= 0 && s->dev >= 0 && s->users == 0)
-        kv_heap_put(&kv->snap_heap, i, s->prio);
+        kv_heap_put(&kv->snap_heap, i, s->prio + (s->pinned > 0 ? KV_LATE : 0));
     else
         kv_heap_remove(&kv->snap_heap, i);
     move_update_snap(kv, i);
@@ -54,6 +54,8 @@ void snap_drop(struct kv *kv, int32_t i)
     struct kv_snap *s = &kv->snaps[i];
     struct kv_node *n = &kv->nodes[s->node];
     KV_CHECK(s->users == 0);
+    if (s->pinned > 0)
+        pin_snap_lost(kv, i);
     uint64_t hash = snap_hash(kv, s);
     kv->ghosts[hash % KV_GHOSTS] = hash;
     int32_t *at = &n->snaps, node = s->node;
@@ -71,11 +73,12 @@ void snap_drop(struct kv *kv, int32_t i)
         tree_update(kv, node);
 }
 
-/* Takes the least worth record off the device; its snapshot lives on if a lower tier has it. */
+/* Takes the least worth record off the device; its snapshot lives on if a lower tier has it. Only new entries and promotions
+ * ask for records, and neither is worth a pinned one. */
 static bool evict_one(struct kv *kv)
 {
     int32_t i = kv_heap_min(&kv->snap_heap);
-    if (i < 0)
+    if (i < 0 || kv->snaps[i].pinned > 0)
         return false;
     if (kv->snap_heap.key[i] > kv->snap_age)
         kv->snap_age = kv->snap_heap.key[i];
@@ -104,9 +107,11 @@ int32_t snap_new(struct kv *kv, int32_t node, uint32_t pos, uint32_t cost)
         kv->snap_free = kv->snaps[i].next;
     else if (kv->snaps_used < kv->n_snaps)
         i = (int32_t)kv->snaps_used++;
-    else if ((i = kv_heap_min(&kv->snap_heap)) >= 0) {
+    else if ((i = kv_heap_min(&kv->snap_heap)) >= 0 && kv->snaps[i].pinned == 0) {
         snap_drop(kv, i);
         kv->snap_free = kv->snaps[i].next;
+    } else {
+        i = -1;
     }
     if (i < 0)
         return -1;
