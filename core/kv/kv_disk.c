@@ -23,6 +23,7 @@
 #define SEG_HEAD 16u
 #define CHUNK_HEAD 32u
 #define BUCKETS 65536u
+#define LOOKS 3                 /* reading a folder that changes is tried again so often */
 #define AMP_LIMIT 1.2           /* copying live chunks stops above this write amplification */
 
 static const char SEG_MAGIC[8] = { 'A', 'R', 'L', 'E', 'K', 'V', 'S', '1' };
@@ -834,6 +835,12 @@ static int list_files(struct kv_disk *d, uint32_t *out_man)
         char tail[8] = "";
         struct stat sb;
         if (sscanf(e->d_name, "seg-%8u.%7s", &num, tail) == 2 && strcmp(tail, "kvs") == 0) {
+            struct segment *known = seg_find(d, num);
+            if (known != NULL) {
+                if (fstat(known->fd, &sb) == 0)
+                    known->bytes = (uint64_t)sb.st_size;
+                continue;
+            }
             int f = openat(d->dir_fd, e->d_name, d->read_only ? O_RDONLY | O_CLOEXEC : O_RDWR | O_CLOEXEC);
             if (f < 0 || fstat(f, &sb) < 0 || !grow((void **)&d->segs, &d->cap_segs, d->n_segs + 1, sizeof *d->segs)) {
                 if (f >= 0)
@@ -894,7 +901,9 @@ static int man_load(struct kv_disk *d, uint32_t num, struct arle_err *err)
     }
     uint8_t *data = malloc((size_t)sb.st_size + 1);
     int64_t end = -ENOMEM;
-    if (data != NULL && read_all(fd, data, (size_t)sb.st_size, 0)) {
+    uint32_t ignored;
+    if (data != NULL && read_all(fd, data, (size_t)sb.st_size, 0)
+        && (!d->read_only || list_files(d, &ignored) == 0)) {       /* a writer has put chunks before their records: now they are seen */
         struct kv_manifest_sink sink = { .arg = d, .put = replay_put, .del = replay_del };
         end = kv_manifest_parse(data, (size_t)sb.st_size, d->identity, &sink, &d->st.skipped_bytes);
     }
@@ -941,7 +950,7 @@ static int open_dir(struct kv_disk *d, const struct kv_disk_config *cfg, struct 
     return 0;
 }
 
-int kv_disk_open(struct kv_disk **out, const struct kv_disk_config *cfg, struct arle_err *err)
+static int open_once(struct kv_disk **out, const struct kv_disk_config *cfg, struct arle_err *err)
 {
     struct kv_disk *d = calloc(1, sizeof *d);
     if (d == NULL)
@@ -989,6 +998,18 @@ int kv_disk_open(struct kv_disk **out, const struct kv_disk_config *cfg, struct 
     d->st.user_bytes = d->st.written_bytes = 0;
     *out = d;
     return 0;
+}
+
+int kv_disk_open(struct kv_disk **out, const struct kv_disk_config *cfg, struct arle_err *err)
+{
+    int r = open_once(out, cfg, err);
+    /* An engine that writes meanwhile may have dropped a segment, or replaced the manifest, between two looks at the folder. */
+    for (int i = 0; i < LOOKS && cfg->read_only && (r == -EIO || (r == 0 && (*out)->st.bad_objects > 0)); i++) {
+        if (r == 0)
+            kv_disk_close(*out);
+        r = open_once(out, cfg, err);
+    }
+    return r;
 }
 
 void kv_disk_close(struct kv_disk *d)
