@@ -64,16 +64,29 @@ static struct kv_tenant *tenant_of(const struct kv *kv, const struct kv_node *n)
     return &kv->tenants[kv->roots[n->root].tenant];
 }
 
-/* A leaf nobody uses, looked for from where the last search ended; those that hold no device page first. */
+/* Nobody uses it, and so nothing below it either. */
+static bool node_idle(const struct kv_node *n)
+{
+    return n->parent >= 0 && n->users == 0 && n->pinned == 0;
+}
+
+/*
+ * A leaf nobody uses, looked for from where the last search ended: those that hold no device page first, then others, and where
+ * many pages of one long path lie side by side, the end of that path.
+ */
 static int32_t node_victim(struct kv *kv)
 {
-    for (int pass = 0; pass < 2; pass++)
+    for (int pass = 0; pass < 3; pass++)
         for (uint32_t i = 0; i < kv->nodes_used && i < 4096; i++) {
             kv->clock = (kv->clock + 1) % kv->nodes_used;
-            const struct kv_node *n = &kv->nodes[kv->clock];
-            if (n->parent >= 0 && n->users == 0 && n->kids == 0 && n->pinned == 0 && (pass > 0 || n->page < 0)
-                && (n->page < 0 || kv->pages.refs[n->page] == 1))
-                return (int32_t)kv->clock;
+            int32_t at = (int32_t)kv->clock;
+            if (!node_idle(&kv->nodes[at]) || (pass < 2 && kv->nodes[at].kids > 0))
+                continue;
+            while (kv->nodes[at].child >= 0)
+                at = kv->nodes[at].child;
+            if (kv->nodes[at].page < 0 || (pass > 0 && kv->pages.refs[kv->nodes[at].page] == 1))
+                return at;
+            i += pass < 2 ? 0 : 511;        /* paths are long: a few are enough */
         }
     return -1;
 }
