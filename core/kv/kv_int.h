@@ -345,6 +345,8 @@ bool slow_poll(struct kv *kv);
 bool slow_read(struct kv *kv, int32_t node, int32_t snap);
 /** Whether the cluster may know more of this prompt than m says: 0 nothing to wait for, -EINPROGRESS asked. */
 int slow_ask(struct kv *kv, int root, const int32_t *tokens, uint32_t n, const struct kv_match *m);
+/** The disk object of this node goes, and those of its states with it: whoever stays in the tree is written again. */
+void slow_orphan_snaps(struct kv *kv, int32_t node);
 void slow_forget_node(struct kv *kv, int32_t node);
 void slow_forget_snap(struct kv *kv, int32_t snap);
 /** The disk is told whether the object of a page or state is pinned, whenever that or its place there changes. */

@@ -416,6 +416,14 @@ static void host_slots_free(struct kv_seq *s)
     s->hstate = -1;
 }
 
+/* A parked sequence stands on the root of its salt only, which would otherwise be given to another when nothing is left below. */
+static void hold_root(struct kv_seq *s, bool hold)
+{
+    if (s->root < 0)
+        return;
+    (hold ? tree_use : tree_unuse)(s->kv, s->kv->roots[s->root].node);
+}
+
 void kv_seq_close(struct kv_seq *s, bool keep)
 {
     struct kv *kv = s->kv;
@@ -427,6 +435,8 @@ void kv_seq_close(struct kv_seq *s, bool keep)
             tree_node_at(s, final_pos(s));
     }
     leave_device(s);
+    if (s->parked)
+        hold_root(s, false);
     s->parked = false;
     if (!s->moving)
         host_slots_free(s);
@@ -509,6 +519,7 @@ int kv_seq_park(struct kv_seq *s)
     kv->st.demoted_bytes[TIER_HOST] += used * kv->page_total + kv->state_total;
     kv->st.parked++;
     s->parked = true;
+    hold_root(s, true);
     leave_device(s);
     return 0;
 }
@@ -549,6 +560,7 @@ int kv_seq_resume(struct kv_seq *s)
     kv->st.promoted_bytes[TIER_HOST] += (used - shared) * kv->page_total + kv->state_total;
     kv->st.resumed++;
     s->parked = false;
+    hold_root(s, false);
     return 0;
 }
 

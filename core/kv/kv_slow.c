@@ -280,9 +280,25 @@ static void forget_id(struct kv *kv, uint64_t id)
     sl->dels[sl->n_dels++] = id;
 }
 
+void slow_orphan_snaps(struct kv *kv, int32_t node)
+{
+    for (int32_t i = kv->nodes[node].snaps, next; i >= 0; i = next) {
+        struct kv_snap *s = &kv->snaps[i];
+        next = s->next;
+        if (s->disk == 0 && s->disk_new == 0)
+            continue;
+        s->disk = s->disk_new = 0;
+        if (s->dev < 0 && !snap_elsewhere(s) && s->users == 0)
+            snap_drop(kv, i);
+        else
+            snap_update(kv, i);
+    }
+}
+
 void slow_forget_node(struct kv *kv, int32_t i)
 {
     struct kv_node *n = &kv->nodes[i];
+    slow_orphan_snaps(kv, i);
     forget_id(kv, n->disk);
     n->disk = n->disk_new = 0;          /* one being written is dropped when it comes back under an id nobody has */
     n->store = n->store_new = 0;
@@ -422,7 +438,7 @@ int slow_ask(struct kv *kv, int root, const int32_t *tokens, uint32_t n, const s
     struct kv_slow *sl = kv->slow;
     if (sl->store.store == NULL || m->pos + CADENCE >= n || kv->host_pages.n == 0 || !store_open(kv))
         return 0;
-    uint64_t hash = kv_hash64((uint64_t)root * 31 + 7, tokens, (size_t)n * 4);
+    uint64_t hash = kv_hash64(kv->nodes[kv->roots[root].node].hash, tokens, (size_t)n * 4);
     int64_t now = clock_mono_us();
     for (uint32_t i = 0; i < PROBES; i++)
         if (sl->asked[i].hash == hash && sl->asked[i].until_us > now)
@@ -444,6 +460,7 @@ int slow_ask(struct kv *kv, int root, const int32_t *tokens, uint32_t n, const s
         return 0;
     }
     memcpy(copy, tokens, (size_t)n * 4);
+    tree_use(kv, kv->roots[root].node);         /* the answer is for this salt, whoever comes meanwhile */
     submit(&sl->store, &j);
     return -EINPROGRESS;
 }
@@ -457,8 +474,6 @@ static void probe_enter(struct kv *kv, const struct kv_probe *p, const int32_t *
     if (kv->has_state)
         while (pages > 0 && !p->present[p->n_pages + pages - 1])
             pages--;
-    if (kv->roots[p->root].node < 0)
-        return;
     int32_t at = known_until(kv, p->root, tokens, n, &depth);
     for (uint32_t i = (depth - p->first) / kv->pt; depth >= p->first && i < pages; i++) {
         int32_t node = tree_enter(kv, at, tokens + p->first + i * kv->pt, kv->pt);
@@ -601,6 +616,7 @@ static void probe_done(struct kv *kv, struct kv_job *j)
             sl->asked[i].pending = false;
     if (j->result == 0)
         probe_enter(kv, j->probe, j->data, j->o.n_tokens);
+    tree_unuse(kv, kv->roots[j->probe->root].node);
     probe_free(j->probe);
     free(j->data);
 }

@@ -526,6 +526,7 @@ int32_t tree_walk(const struct kv *kv, int root, const int32_t *tokens, uint32_t
 /* Moves the snapshots of `from`, whose tokens are a prefix of those of `to`, there, and drops `from`. */
 static void merge(struct kv *kv, int32_t from, int32_t to)
 {
+    slow_orphan_snaps(kv, from);
     while (kv->nodes[from].snaps >= 0) {
         int32_t s = kv->nodes[from].snaps;
         kv->nodes[from].snaps = kv->snaps[s].next;

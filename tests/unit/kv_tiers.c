@@ -171,6 +171,43 @@ static void parking_needs_room(void)
     stop(&fm);
 }
 
+/* Roots of salts that are not used are given to others. A parked sequence keeps its own. */
+static void a_parked_sequence_keeps_its_tenant(void)
+{
+    struct fm fm;
+    struct kv_config cfg = base_config();
+    struct kv_seq *s, *other;
+    struct kv_hit hit;
+    cfg.n_pages = 600;
+    cfg.host_bytes = 4 << 20;
+    REQUIRE(start(&fm, cfg, true, true));
+    REQUIRE(fm_open(&fm, alice, doc, 300, &s, &hit) == 0);
+    EXPECT(fm_prefill(&fm, s, alice, 0, 300, 128));
+    EXPECT_EQ(kv_seq_park(s), 0);
+    fake_run_all(&fm.dev);
+    EXPECT_EQ(kv_settle(fm.kv, 5000), 0);
+    kv_flush(fm.kv);
+    for (int i = 0; i < 300; i++) {
+        char name[16];
+        uint8_t salt[KV_SALT_BYTES];
+        snprintf(name, sizeof name, "other %d", i);
+        kv_salt(fm.kv, name, "", salt);
+        if (i < 200) {                          /* comes and leaves nothing */
+            REQUIRE(kv_seq_open(fm.kv, salt, doc, 3, &other, &hit, &fm.err) == 0);
+            kv_seq_close(other, false);
+        } else {
+            fm_request(&fm, salt, doc, 33, NULL, 0, doc, 1);
+            fake_run_all(&fm.dev);
+        }
+    }
+    REQUIRE(kv_seq_resume(s) == 0);
+    EXPECT_EQ(fm_decode(&fm, s, alice, 7), 0);
+    fake_run_all(&fm.dev);
+    EXPECT_EQ(fm.wrong, 0);
+    kv_seq_close(s, true);
+    stop(&fm);
+}
+
 /* ---- disk ---------------------------------------------------------------------------------------------------------------- */
 
 static char dir[64];
@@ -266,6 +303,36 @@ static void damage_on_disk_is_recomputed(void)
     }
     EXPECT(cached < 6 * 768);
     EXPECT_EQ(fm.wrong, 0);
+    stop(&fm);
+}
+
+/*
+ * A state on disk hangs on its page there. When the page of a prompt that ended on the grid is replaced by the longer one of the next
+ * prompt, its object goes, and the state with it: what the tree knows must follow, or the state is lost with the next host copy.
+ */
+static void a_state_outlives_its_short_page(void)
+{
+    struct fm fm;
+    struct kv_config cfg = disk_config();
+    int32_t longer[400];
+    clear_dir();
+    cfg.page_tokens = 128;
+    cfg.n_pages = 20;
+    cfg.snapshot_bytes = 3 * sizeof(struct fm_state);
+    REQUIRE(start(&fm, cfg, true, false));
+    kv_report_prefill(fm.kv, 100, 1000000);
+    fm_request(&fm, alice, doc, 64, NULL, 0, doc, 0);
+    kv_settle(fm.kv, 5000);
+    memcpy(longer, doc, 64 * sizeof *doc);
+    memcpy(longer + 64, doc + 3000, 300 * sizeof *doc);
+    EXPECT_EQ(fm_request(&fm, alice, longer, 300, NULL, 0, doc, 1).cached_tokens, 64);
+    kv_settle(fm.kv, 5000);
+    for (int i = 0; i < 30; i++) {              /* out of the device, and out of the staging area */
+        fm_request(&fm, alice, doc + 5000 + 1000 * i, 640, NULL, 0, doc, 1);
+        kv_settle(fm.kv, 5000);
+    }
+    memcpy(longer + 64, doc + 4000, 300 * sizeof *doc);
+    EXPECT_EQ(fm_request(&fm, alice, longer, 300, NULL, 0, doc, 1).cached_tokens, 64);
     stop(&fm);
 }
 
@@ -395,6 +462,40 @@ static void another_machine_profits(void)
     }
 }
 
+/* The answer to a question that was asked for one tenant comes when its place among the roots has been given to another. */
+static void late_answers_reach_nobody_else(void)
+{
+    struct fm one, two;
+    struct kv_seq *s;
+    struct kv_hit hit;
+    uint8_t salt[200][KV_SALT_BYTES];
+    store_reset();
+    REQUIRE(start(&one, store_config(), false, true));
+    fill(&one, 1);
+    kv_settle(one.kv, 5000);
+    fm_fini(&one);
+    REQUIRE(start(&two, store_config(), false, true));
+    kv_report_prefill(two.kv, 1000000, 1);
+    pthread_mutex_lock(&store.mu);
+    EXPECT_EQ(kv_seq_open(two.kv, alice, doc, 800, &s, &hit, &two.err), -EINPROGRESS);
+    for (int i = 0; i < 200; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "other %d", i);
+        kv_salt(two.kv, name, "", salt[i]);
+        REQUIRE(kv_seq_open(two.kv, salt[i], doc, 3, &s, &hit, &two.err) == 0);
+        kv_seq_close(s, false);
+    }
+    pthread_mutex_unlock(&store.mu);
+    kv_settle(two.kv, 5000);
+    for (int i = 0; i < 200; i++) {
+        REQUIRE(fm_open(&two, salt[i], doc, 800, &s, &hit) == 0);
+        EXPECT_EQ(hit.matched_tokens, 0);
+        kv_seq_close(s, false);
+    }
+    EXPECT_EQ(fm_request(&two, alice, doc, 800, NULL, 0, doc, 1).matched_tokens, 800);
+    stop(&two);
+}
+
 static void a_bad_cluster_costs_nothing_but_time(void)
 {
     static const int fails[] = { -EIO, -ETIMEDOUT, 0, -ENOSPC };
@@ -440,10 +541,13 @@ int main(void)
     RUN(computed_again_is_held_once);
     RUN(parked_sequences_go_on);
     RUN(parking_needs_room);
+    RUN(a_parked_sequence_keeps_its_tenant);
     RUN(prefixes_survive_a_restart);
     RUN(other_layouts_and_secrets_see_nothing);
     RUN(damage_on_disk_is_recomputed);
+    RUN(a_state_outlives_its_short_page);
     RUN(another_machine_profits);
+    RUN(late_answers_reach_nobody_else);
     RUN(a_bad_cluster_costs_nothing_but_time);
     clear_dir();
     return tap_done();
