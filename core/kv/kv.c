@@ -253,6 +253,8 @@ const char *kv_miss_text(enum kv_miss miss)
     case KV_MISS_EVICTED: return "evicted";
     case KV_MISS_LAST_TOKEN: return "last token is always computed";
     case KV_MISS_DIVERGED: return "prompt diverges from what is remembered";
+    case KV_MISS_NOT_WORTH: return "computing was expected to be faster than fetching";
+    case KV_MISS_NOT_FETCHED: return "could not be fetched from a lower tier now";
     }
     return "unknown";
 }

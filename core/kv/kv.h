@@ -39,7 +39,7 @@ struct kv_config {
     uint32_t snapshot_align;        /* snapshots of a prompt fall on multiples of this [64]; so do chunk borders */
     bool strict;                    /* remember prefilled tokens only: warm equals cold bit for bit also where a backend rounds
                                      * differently when it decodes; costs recomputing the last answer each turn [false] */
-    uint32_t tenant_quota_pct;      /* share of the cached device and host pages one tenant may hold [100] */
+    uint32_t tenant_quota_pct;      /* share of the device pages that one tenant may hold cached [100] */
     uint32_t host_state_pct;        /* share of the host tier for state records, the rest is for pages [50] */
     uint32_t disk_fsync;            /* enum kv_fsync: sync at every commit (survives power loss), or leave it to the kernel */
     uint32_t store_deadline_ms;     /* one batch to the cluster tier may take this long [250] */
@@ -48,7 +48,11 @@ struct kv_config {
 };
 
 /* Why a prompt was not reused further than it was. */
-enum kv_miss { KV_MISS_NONE, KV_MISS_OFF, KV_MISS_COLD, KV_MISS_NO_STATE, KV_MISS_EVICTED, KV_MISS_LAST_TOKEN, KV_MISS_DIVERGED };
+enum kv_miss {
+    KV_MISS_NONE, KV_MISS_OFF, KV_MISS_COLD, KV_MISS_NO_STATE, KV_MISS_EVICTED, KV_MISS_LAST_TOKEN, KV_MISS_DIVERGED,
+    KV_MISS_NOT_WORTH,              /* a lower tier has more, and fetching it was not expected to be faster than computing it */
+    KV_MISS_NOT_FETCHED,            /* a lower tier has more, and had no way to give it now: no room, too much at once, shut */
+};
 
 struct kv_hit {
     uint32_t cached_tokens;         /* positions [0, cached) need no computing */

@@ -83,7 +83,7 @@ struct kv_move {
 struct kv_promo {
     int32_t node, snap;                 /* node -1: free */
     bool ready;
-    int64_t start_us;
+    int64_t since_us;                   /* asked for; when it is ready: since then */
 };
 
 /*
@@ -94,7 +94,7 @@ struct kv_pin_end { int32_t node, snap; };                  /* snap -1: the mode
 struct kv_pin { uint8_t id[16]; struct kv_pin_end *end; uint32_t n_ends; };      /* id: of salt and tokens */
 
 struct kv_root { uint8_t salt[KV_SALT_BYTES]; int32_t node, tenant; };      /* node -1: free entry */
-struct kv_tenant { uint8_t tag[16]; uint32_t n_roots; int64_t dev_pages, host_pages; int32_t head, tail; };
+struct kv_tenant { uint8_t tag[16]; uint32_t n_roots; int64_t dev_pages; int32_t head, tail; };
 
 struct kv_seq {
     struct kv *kv;
@@ -312,6 +312,8 @@ int move_fetch(struct kv *kv, const struct kv_match *m);
 void move_fetched(struct kv *kv, int32_t node);
 /** Lets go of everything that was fetched for prompts which have not been opened yet. */
 void move_end_promos(struct kv *kv);
+/** Lets go of the one that has been ready longest and is not for `node`; false when there is none. */
+bool move_end_ready(struct kv *kv, int32_t node);
 /** Takes results of copies that have passed, so that what they held may go. Not while a batch is being put together. */
 void moves_finish(struct kv *kv);
 /** True when nothing is under way. */

@@ -8,7 +8,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
-#define PROMO_KEEP_US 5000000       /* a promoted prefix nobody came back for is let go */
+#define PROMO_KEEP_US 5000000       /* a promoted prefix nobody came back for is let go: sooner when somebody needs the room */
 #define TAIL_LATER 1e15             /* more than any worth: what slower tiers take goes down before what they do not */
 #define STAGE_PAGES 256u            /* host places at least, when there are slower tiers */
 #define STAGE_STATES 8u
@@ -136,7 +136,6 @@ void node_set_host(struct kv *kv, int32_t i, int32_t slot)
     n->host = slot;
     if (n->parent >= 0 && (old < 0) != (slot < 0)) {
         kv->nodes[n->parent].host_kids += slot >= 0 ? 1 : -1;
-        kv->tenants[kv->roots[n->root].tenant].host_pages += slot >= 0 ? 1 : -1;
         move_update_node(kv, n->parent);
     }
     if (old >= 0)
@@ -524,6 +523,19 @@ void move_end_promos(struct kv *kv)
             promo_end(kv, &kv->promo[i]);
 }
 
+bool move_end_ready(struct kv *kv, int32_t node)
+{
+    struct kv_promo *oldest = NULL;
+    for (int i = 0; i < N_PROMOS && kv->n_promos > 0; i++) {
+        struct kv_promo *p = &kv->promo[i];
+        if (p->node >= 0 && p->node != node && p->ready && (oldest == NULL || p->since_us < oldest->since_us))
+            oldest = p;
+    }
+    if (oldest != NULL)
+        promo_end(kv, oldest);
+    return oldest != NULL;
+}
+
 /* Returns 1 when it has just become ready, or ended: the prompt can be opened now with what there is. */
 static int promo_advance(struct kv *kv, struct kv_promo *p)
 {
@@ -541,10 +553,11 @@ static int promo_advance(struct kv *kv, struct kv_promo *p)
         }
         if (all_here(kv, p->node, p->snap)) {
             p->ready = true;
+            p->since_us = clock_mono_us();
             return 1;
         }
     }
-    if (clock_mono_us() - p->start_us > PROMO_KEEP_US)
+    if (clock_mono_us() - p->since_us > PROMO_KEEP_US)
         promo_end(kv, p);
     return 0;
 }
@@ -563,12 +576,14 @@ int move_fetch(struct kv *kv, const struct kv_match *m)
         if (kv->promo[i].node == m->node && kv->promo[i].snap == m->snap)
             p = &kv->promo[i];
     if (p == NULL) {
+        if (kv->n_promos == N_PROMOS)
+            move_end_ready(kv, -1);
         for (int i = 0; i < N_PROMOS && p == NULL; i++)
             if (kv->promo[i].node < 0)
                 p = &kv->promo[i];
         if (p == NULL)
             return -EAGAIN;
-        *p = (struct kv_promo){ .node = m->node, .snap = m->snap, .start_us = clock_mono_us() };
+        *p = (struct kv_promo){ .node = m->node, .snap = m->snap, .since_us = clock_mono_us() };
         kv->n_promos++;
         tree_use(kv, p->node);
         if (p->snap >= 0) {

@@ -65,6 +65,7 @@ struct attach {
     struct kv_match m;
     uint32_t shared;            /* whole pages that are taken over */
     uint32_t need;              /* pages of its own */
+    enum kv_miss left;          /* why more that a lower tier has was left there; KV_MISS_NONE: it was not */
 };
 
 /* Whether a snapshot on the grid in (from, to] was here once: its path hash is among the ghosts. */
@@ -86,6 +87,8 @@ static bool lost_state(const struct kv *kv, const int32_t *tokens, int root, uin
 static enum kv_miss miss_reason(const struct kv *kv, const int32_t *tokens, uint32_t n, const struct attach *a)
 {
     const struct kv_match *m = &a->m;
+    if (a->left != KV_MISS_NONE)
+        return a->left;
     if (m->depth >= n - 1 && m->pos == n - 1)
         return KV_MISS_LAST_TOKEN;
     if (m->depth > m->pos && kv->has_state) {
@@ -174,15 +177,19 @@ static int bring_up(struct kv *kv, const int32_t *tokens, uint32_t n, struct att
     tree_match(kv, a->root, tokens, n, n - 1, true, &here);
     if (!move_here(kv, &here))
         here.pos = 0;
-    int r = move_pending(kv, &a->m) || move_worth(kv, &a->m, a->m.pos - here.pos) ? move_fetch(kv, &a->m) : -EAGAIN;
+    bool worth = move_pending(kv, &a->m) || move_worth(kv, &a->m, a->m.pos - here.pos);
+    int r = worth ? move_fetch(kv, &a->m) : -EAGAIN;
     if (r == -EINPROGRESS)
         return r;
     if (r < 0) {
+        uint32_t deepest = a->m.pos;
         tree_match(kv, a->root, tokens, n, n - 1, true, &a->m);     /* again: a fetch that failed may have changed the tree */
         if (!move_here(kv, &a->m)) {            /* a page in the middle of the path is being fetched for someone else */
             a->m.node = a->m.snap = -1;
             a->m.pos = 0;
         }
+        if (a->m.pos < deepest)
+            a->left = worth ? KV_MISS_NOT_FETCHED : KV_MISS_NOT_WORTH;
     }
     return 0;
 }
@@ -223,13 +230,20 @@ static struct kv_seq *seq_build(struct kv *kv, const int32_t *tokens, uint32_t n
     return s;
 }
 
-/* What copies held that have passed may be enough; if not, pins give way. */
-static bool room_last(struct kv *kv, uint32_t n)
+/*
+ * Room for a sequence that starts or goes on. Not for it: what copies held that have passed, then what was fetched for prompts
+ * whose owner has not come back for it (but that of `node`), and at last pins. Who is ready and has the better claim was opened before.
+ */
+static bool room_to_start(struct kv *kv, uint32_t n, int32_t node)
 {
     if (tree_make_room(kv, n, false))
         return true;
     moves_finish(kv);
-    return tree_make_room(kv, n, false) || tree_make_room(kv, n, true);
+    do
+        if (tree_make_room(kv, n, false))
+            return true;
+    while (move_end_ready(kv, node));
+    return tree_make_room(kv, n, true);
 }
 
 int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t *tokens, uint32_t n, struct kv_seq **out,
@@ -248,7 +262,7 @@ int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t 
         return r;
 
     tree_use(kv, a.m.node);             /* what is attached must outlive the search for room */
-    bool room = room_last(kv, a.need);
+    bool room = room_to_start(kv, a.need, a.m.node);
     struct kv_seq *s = room ? seq_build(kv, tokens, n, &a) : NULL;
     if (s == NULL) {
         tree_unuse(kv, a.m.node);
@@ -279,10 +293,9 @@ int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t 
     return 0;
 }
 
-void kv_seq_mark(struct kv_seq *s, uint32_t pos)
+static void mark_at(struct kv_seq *s, uint32_t pos)
 {
     uint32_t i;
-    pos -= pos % s->kv->cfg.snapshot_align;
     if (pos <= s->cached || pos > s->n_prompt || s->n_marks == KV_MAX_MARKS)
         return;
     for (i = s->n_marks; i > 0 && s->marks[i - 1] >= pos; i--)
@@ -291,6 +304,23 @@ void kv_seq_mark(struct kv_seq *s, uint32_t pos)
     memmove(&s->marks[i + 1], &s->marks[i], (s->n_marks - i) * sizeof s->marks[0]);
     s->marks[i] = pos;
     s->n_marks++;
+}
+
+static uint32_t divisor(uint32_t a, uint32_t b)
+{
+    return b == 0 ? a : divisor(b, a % b);
+}
+
+void kv_seq_mark(struct kv_seq *s, uint32_t pos)
+{
+    const struct kv *kv = s->kv;
+    uint32_t align = kv->cfg.snapshot_align;
+    mark_at(s, pos - pos % align);
+    if (kv->cfg.store == NULL || !kv->has_state || align % kv->pt == 0)
+        return;
+    /* Pages are larger than the grid, and the cluster takes states at their ends only: one there too. */
+    uint64_t end = (uint64_t)align / divisor(align, kv->pt) * kv->pt;
+    mark_at(s, (uint32_t)(pos - pos % end));
 }
 
 /* The first snapshot position > from, or UINT32_MAX. */
@@ -330,7 +360,7 @@ static bool room_to_run(struct kv_seq *s, uint32_t n)
     if (tree_make_room(s->kv, n, false))
         return true;
     move_end_promos(s->kv);
-    return room_last(s->kv, n);
+    return room_to_start(s->kv, n, -1);
 }
 
 int kv_seq_reserve(struct kv_seq *s, uint32_t n_tokens)
@@ -541,7 +571,7 @@ int kv_seq_resume(struct kv_seq *s)
     }
     if (want < used)
         want = used;
-    if (!room_last(kv, want - shared)) {
+    if (!room_to_start(kv, want - shared, -1)) {
         if (node >= 0)
             tree_unuse(kv, node);
         return -EAGAIN;

@@ -91,6 +91,84 @@ static void slow_fetches_are_not_made(void)
     struct kv_hit hit = fm_request(&fm, alice, doc, 800, NULL, 0, doc, 1);
     EXPECT_EQ(hit.cached_tokens, 0);
     EXPECT_EQ(hit.from_host, 0);
+    EXPECT_EQ(hit.miss, KV_MISS_NOT_WORTH);
+    stop(&fm);
+}
+
+/* Opens a prompt that waits on the host and polls until it is ready; whoever asked does not come back. */
+static void abandon(struct fm *fm, const int32_t *prompt, uint32_t n)
+{
+    struct kv_seq *s;
+    struct kv_hit hit;
+    REQUIRE(kv_seq_open(fm->kv, alice, prompt, n, &s, &hit, &fm->err) == -EINPROGRESS);
+    int ready = 0;
+    for (int i = 0; i < 20 && ready == 0; i++) {
+        fake_run_all(&fm->dev);
+        ready = kv_poll(fm->kv);
+    }
+    EXPECT(ready > 0);
+}
+
+/* What was fetched for somebody who has gone holds nobody up: neither who needs the room, nor who wants the same, nor more of it. */
+static void abandoned_fetches_keep_nobody_waiting(void)
+{
+    struct fm fm;
+    struct kv_seq *s, *t;
+    struct kv_hit hit;
+    struct kv_config cfg = base_config();
+    int32_t other[800];
+    cfg.host_bytes = 1 << 20;
+    REQUIRE(start(&fm, cfg, true, true));
+    kv_report_prefill(fm.kv, 100, 1000000);
+    fill(&fm, 8);
+    abandon(&fm, doc, 800);
+    REQUIRE(kv_seq_open(fm.kv, alice, doc + 40000, 960, &s, &hit, &fm.err) == 0);       /* 60 of 100 pages */
+    kv_seq_close(s, false);
+
+    fake_run_all(&fm.dev);
+    abandon(&fm, doc + 2000, 800);
+    REQUIRE(kv_seq_open(fm.kv, alice, doc + 2000, 800, &s, &hit, &fm.err) == 0);
+    EXPECT_EQ(hit.cached_tokens, 768);
+    REQUIRE(kv_seq_open(fm.kv, alice, doc + 2000, 800, &t, &hit, &fm.err) == 0);        /* nothing is left of the promotion */
+    kv_seq_close(s, false);
+    kv_seq_close(t, false);
+
+    fake_run_all(&fm.dev);
+    abandon(&fm, doc + 4000, 800);
+    memcpy(other, doc + 4000, 520 * sizeof *doc);
+    memcpy(other + 520, doc + 50000, 280 * sizeof *doc);
+    REQUIRE(fm_open(&fm, alice, other, 800, &s, &hit) == 0);
+    EXPECT_EQ(hit.cached_tokens, 512);          /* the cadence left a state there */
+    kv_seq_close(s, false);
+    stop(&fm);
+}
+
+/* More of them than there are places: the one that has been ready longest goes. */
+static void abandoned_fetches_leave_places(void)
+{
+    struct fm fm;
+    struct kv_seq *s;
+    struct kv_hit hit;
+    struct kv_config cfg = base_config();
+    enum { MANY = 70 };
+    cfg.n_pages = 400;
+    cfg.host_bytes = 4 << 20;
+    cfg.snapshot_bytes = 100 * sizeof(struct fm_state);
+    REQUIRE(start(&fm, cfg, true, true));
+    kv_report_prefill(fm.kv, 100, 1000000);
+    for (int i = 0; i < MANY + 120; i++) {      /* the last ones push the first off the device */
+        fm_request(&fm, alice, doc + 100 * i, 81, NULL, 0, doc, 1);
+        for (int k = 0; k < 5; k++) {
+            kv_step_end(fm.kv);
+            fake_run_all(&fm.dev);
+            kv_settle(fm.kv, 1000);
+        }
+    }
+    for (int i = 0; i < MANY; i++)
+        abandon(&fm, doc + 100 * i, 81);
+    REQUIRE(fm_open(&fm, alice, doc + 100 * (MANY - 1), 81, &s, &hit) == 0);
+    EXPECT_EQ(hit.cached_tokens, 64);
+    kv_seq_close(s, false);
     stop(&fm);
 }
 
@@ -343,7 +421,7 @@ static struct fake_store {
     pthread_mutex_t mu;
     struct { uint8_t key[32]; uint8_t *data; uint64_t len; } item[4096];
     uint32_t n;
-    int fail;                   /* negative errno for every call */
+    int fail, fail_get;         /* negative errno for every call; for those that read */
     int corrupt;                /* a byte of every answer is changed */
     uint32_t gets, puts, asks;
 } store = { .mu = PTHREAD_MUTEX_INITIALIZER };
@@ -361,7 +439,7 @@ static int fs_get(void *ctx, struct arle_kv_item *items, uint32_t n, int64_t dea
     (void)ctx; (void)deadline_ms;
     pthread_mutex_lock(&store.mu);
     store.gets++;
-    int r = store.fail;
+    int r = store.fail_get < 0 ? store.fail_get : store.fail;
     for (uint32_t i = 0; i < n && r == 0; i++) {
         int at = store_index(items[i].key);
         items[i].len = 0;
@@ -421,7 +499,7 @@ static void store_reset(void)
         free(store.item[--store.n].data);
         store.item[store.n].data = NULL;
     }
-    store.fail = store.corrupt = 0;
+    store.fail = store.fail_get = store.corrupt = 0;
     store.gets = store.puts = store.asks = 0;
 }
 
@@ -496,6 +574,59 @@ static void late_answers_reach_nobody_else(void)
     stop(&two);
 }
 
+/* What the cluster has but does not give now: the prompt starts without it, and says why. */
+static void what_cannot_be_fetched_is_computed(void)
+{
+    struct fm one, two;
+    struct kv_seq *s;
+    struct kv_hit hit;
+    store_reset();
+    REQUIRE(start(&one, store_config(), true, true));
+    fill(&one, 2);
+    kv_settle(one.kv, 5000);
+    fm_fini(&one);
+    REQUIRE(start(&two, store_config(), true, true));
+    kv_report_prefill(two.kv, 100, 1000000);
+    for (int i = 0; i < 2; i++)
+        EXPECT_EQ(kv_seq_open(two.kv, alice, doc + 2000 * i, 800, &s, &hit, &two.err), -EINPROGRESS);
+    kv_settle(two.kv, 5000);                    /* both questions are answered */
+    store.fail_get = -EIO;
+    REQUIRE(fm_open(&two, alice, doc, 800, &s, &hit) == 0);
+    kv_seq_close(s, false);
+    REQUIRE(fm_open(&two, alice, doc + 2000, 800, &s, &hit) == 0);      /* the tier is shut for a second */
+    EXPECT_EQ(hit.cached_tokens, 0);
+    EXPECT_EQ(hit.miss, KV_MISS_NOT_FETCHED);
+    kv_seq_close(s, false);
+    stop(&two);
+    store_reset();
+}
+
+/* Pages larger than the grid of states: the cluster takes states at page ends, so that is where some are left too. */
+static void large_pages_have_states_for_the_cluster(void)
+{
+    static const uint32_t pts[] = { 128, 256 };
+    for (int i = 0; i < 2; i++) {
+        struct fm one, two;
+        struct kv_config cfg = store_config();
+        uint32_t mark = 448;
+        store_reset();
+        cfg.page_tokens = pts[i];
+        cfg.n_pages = 4000 / pts[i];
+        cfg.snapshot_cadence = 0;
+        REQUIRE(start(&one, cfg, true, true));
+        EXPECT_EQ(fm_request(&one, alice, doc, 740, &mark, 1, doc, 1).cached_tokens, 0);
+        EXPECT_EQ(fm_request(&one, alice, doc, 740, &mark, 1, doc, 1).cached_tokens, 704);      /* here nothing changes */
+        fake_run_all(&one.dev);
+        kv_settle(one.kv, 5000);
+        fm_fini(&one);
+        REQUIRE(start(&two, cfg, true, true));
+        kv_report_prefill(two.kv, 100, 1000000);
+        EXPECT_EQ(fm_request(&two, alice, doc, 740, NULL, 0, doc, 1).cached_tokens, 740 / pts[i] * pts[i]);
+        fake_run_all(&two.dev);
+        stop(&two);
+    }
+}
+
 static void a_bad_cluster_costs_nothing_but_time(void)
 {
     static const int fails[] = { -EIO, -ETIMEDOUT, 0, -ENOSPC };
@@ -538,6 +669,8 @@ int main(void)
     RUN(pages_alone_return_from_the_host);
     RUN(immediate_copies_need_no_waiting);
     RUN(slow_fetches_are_not_made);
+    RUN(abandoned_fetches_keep_nobody_waiting);
+    RUN(abandoned_fetches_leave_places);
     RUN(computed_again_is_held_once);
     RUN(parked_sequences_go_on);
     RUN(parking_needs_room);
@@ -548,6 +681,8 @@ int main(void)
     RUN(a_state_outlives_its_short_page);
     RUN(another_machine_profits);
     RUN(late_answers_reach_nobody_else);
+    RUN(what_cannot_be_fetched_is_computed);
+    RUN(large_pages_have_states_for_the_cluster);
     RUN(a_bad_cluster_costs_nothing_but_time);
     clear_dir();
     return tap_done();
