@@ -10,6 +10,7 @@
 #define MAX_NODES (1u << 21)
 #define MAX_SNAPS (1u << 18)
 #define MAX_DEV_SNAPS 65536u
+#define STORE_SNAPS 4096u       /* states that only the cluster has */
 
 static int check_config(const struct kv_config *c, const struct arle_cache_group *g, uint32_t n_groups, struct arle_err *err)
 {
@@ -61,6 +62,8 @@ static int size_tree(struct kv *kv, struct arle_err *err)
         nodes += (kv->cfg.host_bytes + (kv->disk_dir[0] != '\0' ? kv->cfg.disk_bytes : 0)) / kv->page_total;
     if (kv->has_state)
         more_snaps = (kv->cfg.host_bytes + (kv->disk_dir[0] != '\0' ? kv->cfg.disk_bytes : 0)) / kv->state_total;
+    if (kv->has_state && kv->cfg.store != NULL)
+        more_snaps += STORE_SNAPS;
     nodes = nodes > MAX_NODES ? MAX_NODES : nodes;
     more_snaps = more_snaps > MAX_SNAPS ? MAX_SNAPS : more_snaps;
     int r = tree_init(kv, (uint32_t)nodes, (uint32_t)(snaps + more_snaps), (uint32_t)snaps, err);

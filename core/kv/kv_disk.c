@@ -336,11 +336,8 @@ static void obj_log_del(struct kv_disk *d, const struct object *o)
     d->man_dead += sizeof rec + obj_record_size(o);
 }
 
-/* Takes an object and all below it out. lost: the owner does not know and is told. */
-static void obj_drop(struct kv_disk *d, struct object *o, bool log, bool lost)
+static void leaf_drop(struct kv_disk *d, struct object *o, bool log, bool lost)
 {
-    while (o->kids != NULL)
-        obj_drop(d, o->kids, log, lost);
     if (lost && grow((void **)&d->lost, &d->cap_lost, d->n_lost + 1, sizeof *d->lost)) {
         d->lost[d->n_lost].id = o->o.id;
         d->lost[d->n_lost].kind = o->o.kind;
@@ -352,6 +349,17 @@ static void obj_drop(struct kv_disk *d, struct object *o, bool log, bool lost)
     for (uint32_t i = 0; i < o->n_chunks; i++)
         chunk_unref(d, o->chunks[i]);
     obj_free(o);
+}
+
+/* Takes an object and all below it out, leaves first: a long prompt is a long chain. lost: the owner does not know and is told. */
+static void obj_drop(struct kv_disk *d, struct object *top, bool log, bool lost)
+{
+    for (struct object *o = top, *up; o != NULL; o = up) {
+        while (o->kids != NULL)
+            o = o->kids;
+        up = o != top ? o->up : NULL;
+        leaf_drop(d, o, log, lost);
+    }
 }
 
 static int by_id(const void *a, const void *b)

@@ -156,6 +156,7 @@ struct kv {
     struct page_pool snap_pool;         /* device records */
     char *snap_base;
     struct kv_heap snap_heap; double snap_age;
+    uint32_t snap_clock;                /* where the search for a victim goes on when entries run out */
 
     /* host tier */
     struct page_pool host_pages, host_states;

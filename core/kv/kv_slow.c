@@ -712,6 +712,7 @@ void slow_stats(const struct kv *kv, struct kv_stats *st)
 
 struct load { struct kv *kv; uint64_t *ids; int32_t *nodes; uint32_t n, cap; };
 
+/* The node of an object, -1 when it has none: none was made, or it lost its place to a later one. */
 static int32_t load_find(const struct load *l, uint64_t id)
 {
     uint32_t lo = 0, hi = l->n;
@@ -722,7 +723,7 @@ static int32_t load_find(const struct load *l, uint64_t id)
         else
             hi = mid;
     }
-    return lo < l->n && l->ids[lo] == id ? l->nodes[lo] : -1;
+    return lo < l->n && l->ids[lo] == id && l->kv->nodes[l->nodes[lo]].disk == id ? l->nodes[lo] : -1;
 }
 
 static void load_page(struct load *l, struct kv_disk_object *o)

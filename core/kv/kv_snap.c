@@ -100,6 +100,19 @@ int32_t snap_record_get(struct kv *kv)
     return page_alloc(&kv->snap_pool);
 }
 
+/* One that has to make place for a new one: first one that only slow tiers have, else the least on the device. -1: none. */
+static int32_t snap_victim(struct kv *kv)
+{
+    for (uint32_t i = 0; i < kv->n_snaps && i < 4096; i++) {
+        kv->snap_clock = (kv->snap_clock + 1) % kv->n_snaps;
+        const struct kv_snap *s = &kv->snaps[kv->snap_clock];
+        if (s->node >= 0 && s->dev < 0 && s->host < 0 && s->users == 0 && s->pinned == 0)
+            return (int32_t)kv->snap_clock;
+    }
+    int32_t i = kv_heap_min(&kv->snap_heap);
+    return i >= 0 && kv->snaps[i].pinned == 0 ? i : -1;
+}
+
 int32_t snap_new(struct kv *kv, int32_t node, uint32_t pos, uint32_t cost)
 {
     int32_t i = kv->snap_free;
@@ -107,11 +120,9 @@ int32_t snap_new(struct kv *kv, int32_t node, uint32_t pos, uint32_t cost)
         kv->snap_free = kv->snaps[i].next;
     else if (kv->snaps_used < kv->n_snaps)
         i = (int32_t)kv->snaps_used++;
-    else if ((i = kv_heap_min(&kv->snap_heap)) >= 0 && kv->snaps[i].pinned == 0) {
+    else if ((i = snap_victim(kv)) >= 0) {
         snap_drop(kv, i);
         kv->snap_free = kv->snaps[i].next;
-    } else {
-        i = -1;
     }
     if (i < 0)
         return -1;

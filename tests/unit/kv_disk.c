@@ -479,6 +479,40 @@ static void count_folder(void *arg, const struct kv_admin_folder *f)
     EXPECT_STR(f->identity, "model A");
 }
 
+/* A long prompt is a long chain: dropping it must not need a stack as deep. */
+static void *drop_chain(void *arg)
+{
+    kv_disk_remove(arg, 1);
+    return NULL;
+}
+
+static void long_chains_are_dropped(void)
+{
+    enum { LONG = 12000 };
+    pthread_attr_t small;
+    pthread_t t;
+    uint8_t data[64] = "the same bytes";
+    struct arle_err err = ARLE_ERR_INIT;
+    struct kv_disk_stats st;
+    clear_dir();
+    struct kv_disk *d = open_it(64 << 20, "model A");
+    REQUIRE(d != NULL);
+    for (uint64_t id = 1; id <= LONG; id++) {
+        int32_t token = (int32_t)id;
+        struct kv_disk_object o = { .id = id, .parent = id - 1, .kind = KV_DISK_PAGE, .start = (uint32_t)id - 1, .n_tokens = 1,
+                                    .tokens = &token, .salt = salt, .bytes = sizeof data, .handle = -1 };
+        EXPECT_EQ(kv_disk_put(d, &o, data, &err), 0);
+    }
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, 256 << 10);
+    REQUIRE(pthread_create(&t, &small, drop_chain, d) == 0);
+    pthread_join(t, NULL);
+    pthread_attr_destroy(&small);
+    kv_disk_stat(d, &st);
+    EXPECT_EQ(st.objects, 0);
+    kv_disk_close(d);
+}
+
 static _Atomic bool writing;
 
 static void *write_on(void *arg)
@@ -565,6 +599,7 @@ int main(void)
     RUN(torn_files_are_never_served);
     RUN(tools_see_what_is_there);
     RUN(tools_may_look_on);
+    RUN(long_chains_are_dropped);
     clear_dir();
     return tap_done();
 }

@@ -1,6 +1,7 @@
 /* Tiers below the device: what returns from them, from where, and what becomes of it when a tier is full, slow or wrong. */
 #include "tap.h"
 #include "kv_model.h"
+#include "kv/kv_disk.h"
 
 #include <pthread.h>
 #include <unistd.h>
@@ -384,6 +385,52 @@ static void damage_on_disk_is_recomputed(void)
     stop(&fm);
 }
 
+static int put_page(struct kv_disk *d, uint64_t id, uint64_t parent, uint32_t start, const int32_t *tokens, uint32_t n)
+{
+    static uint8_t data[4096 * 10];
+    struct arle_err err = ARLE_ERR_INIT;
+    struct kv_disk_object o = { .id = id, .parent = parent, .kind = KV_DISK_PAGE, .start = start, .n_tokens = n, .tokens = tokens,
+                                .salt = alice, .bytes = sizeof data, .handle = -1 };
+    return kv_disk_put(d, &o, data, &err);
+}
+
+/*
+ * The disk knows more pages than the tree has places for (equal bytes are stored once). While it is read, a page may lose its place
+ * to another one; what hangs on it on disk must not be hung on that other one.
+ */
+static void more_on_disk_than_the_tree_holds(void)
+{
+    struct fm fm;
+    struct kv_disk *d;
+    struct kv_seq *s;
+    struct kv_hit hit;
+    struct arle_err err = ARLE_ERR_INIT;
+    enum { PT = 4096, NODES = 10 + 4096 + (4 << 20) / (PT * 10) };
+    struct kv_config cfg = { .page_tokens = PT, .n_pages = 10, .n_slots = 2, .max_seq_tokens = 3 * PT, .prefix_cache = true,
+                             .disk_dir = dir, .disk_bytes = 4 << 20, .disk_fsync = KV_FSYNC_NEVER };
+    struct kv_disk_config dc = { .dir = dir, .identity = "fake model 1|page_tokens=4096|page_bytes=40960|state_bytes=0",
+                                 .budget = 4 << 20, .fsync = KV_FSYNC_NEVER };
+    clear_dir();
+    REQUIRE(start(&fm, cfg, false, false));             /* makes the salt */
+    fm_fini(&fm);
+    clear_dir();
+    REQUIRE(kv_disk_open(&d, &dc, &err) == 0);
+    EXPECT_EQ(put_page(d, 1, 0, 0, doc, PT), 0);
+    for (int32_t i = 0; i < NODES - 2; i++) {           /* and the root */
+        int32_t token = -1 - i;
+        EXPECT_EQ(put_page(d, 2 + (uint64_t)i, 0, 0, &token, 1), 0);
+    }
+    EXPECT_EQ(put_page(d, NODES, 0, 0, doc + PT, PT), 0);               /* takes the place of the first */
+    EXPECT_EQ(put_page(d, NODES + 1, 1, PT, doc + 2 * PT, PT), 0);      /* which this one belongs to */
+    kv_disk_close(d);
+    REQUIRE(start(&fm, cfg, false, false));
+    kv_report_prefill(fm.kv, 1000000, 1);
+    REQUIRE(fm_open(&fm, alice, doc + PT, 2 * PT + 1, &s, &hit) == 0);
+    EXPECT_EQ(hit.matched_tokens, PT);
+    kv_seq_close(s, false);
+    fm_fini(&fm);
+}
+
 /*
  * A state on disk hangs on its page there. When the page of a prompt that ended on the grid is replaced by the longer one of the next
  * prompt, its object goes, and the state with it: what the tree knows must follow, or the state is lost with the next host copy.
@@ -601,6 +648,32 @@ static void what_cannot_be_fetched_is_computed(void)
     store_reset();
 }
 
+/* What is only known of the cluster takes places in the tree. Own states go first. */
+static void states_of_the_cluster_displace_none(void)
+{
+    struct fm one, two;
+    struct kv_seq *s;
+    struct kv_hit hit;
+    store_reset();
+    REQUIRE(start(&one, store_config(), true, true));
+    fill(&one, 8);
+    kv_settle(one.kv, 5000);
+    fm_fini(&one);
+    struct kv_config cfg = store_config();
+    cfg.snapshot_bytes = 4 * sizeof(struct fm_state);
+    REQUIRE(start(&two, cfg, true, true));
+    kv_report_prefill(two.kv, 1000000, 1);
+    fm_request(&two, alice, doc + 50000, 300, NULL, 0, doc, 1);
+    for (int i = 0; i < 8; i++) {
+        EXPECT_EQ(kv_seq_open(two.kv, alice, doc + 2000 * i, 800, &s, &hit, &two.err), -EINPROGRESS);
+        kv_settle(two.kv, 5000);
+    }
+    EXPECT_EQ(fm_request(&two, alice, doc + 50000, 300, NULL, 0, doc, 1).cached_tokens, 256);
+    fm_request(&two, alice, doc + 51000, 300, NULL, 0, doc, 1);
+    EXPECT_EQ(fm_request(&two, alice, doc + 51000, 300, NULL, 0, doc, 1).cached_tokens, 256);
+    stop(&two);
+}
+
 /* Pages larger than the grid of states: the cluster takes states at page ends, so that is where some are left too. */
 static void large_pages_have_states_for_the_cluster(void)
 {
@@ -678,11 +751,13 @@ int main(void)
     RUN(prefixes_survive_a_restart);
     RUN(other_layouts_and_secrets_see_nothing);
     RUN(damage_on_disk_is_recomputed);
+    RUN(more_on_disk_than_the_tree_holds);
     RUN(a_state_outlives_its_short_page);
     RUN(another_machine_profits);
     RUN(late_answers_reach_nobody_else);
     RUN(what_cannot_be_fetched_is_computed);
     RUN(large_pages_have_states_for_the_cluster);
+    RUN(states_of_the_cluster_displace_none);
     RUN(a_bad_cluster_costs_nothing_but_time);
     clear_dir();
     return tap_done();
