@@ -56,6 +56,7 @@ static const struct arle_conf_key kv_keys[] = {
     BOOL("prefix_cache", "yes", "Reuses the computed prefix of earlier prompts."),
     BYTES("snapshot_bytes", "256MiB", 0, 16 * TI, "Device memory for snapshots of recurrent state, per model."),
     INT("snapshot_cadence", "1024", 64, 1048576, "tokens", "Longest stretch of a prompt without a state snapshot, in multiples of 64."),
+    INT("pin_pct", "50", 1, 100, "%", "Share of the cache pages, and of the snapshots, that arlectl kv pin may hold."),
     BYTES("host_bytes", "0", 0, 16 * TI, "Pinned host memory for pages that leave the device; 0 turns the tier off."),
     STR("disk_dir", "", "Directory of the disk tier; empty turns it off."),
     BYTES("disk_bytes", "20GiB", 64 * MI, 1024 * TI, "Budget of the disk tier."),

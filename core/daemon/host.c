@@ -84,6 +84,7 @@ static void fill_engine_config(const struct host *h, size_t i, const char *backe
         .kv_host_bytes = (uint64_t)config_i64(cfg, "kv", "host_bytes"),
         .kv_disk_bytes = (uint64_t)config_i64(cfg, "kv", "disk_bytes"),
         .kv_snapshot_cadence = (uint32_t)config_i64(cfg, "kv", "snapshot_cadence"),
+        .kv_pin_pct = (uint32_t)config_i64(cfg, "kv", "pin_pct"),
         .kv_disk_dir = config_str(cfg, "kv", "disk_dir"),
         .kv_dtype = config_str(cfg, s, "kv_dtype"),
         .compute = config_compute(cfg, i, backend),

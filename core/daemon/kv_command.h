@@ -6,8 +6,9 @@
 #include "util/sbuf.h"
 
 /**
- * argument: "" or "stat", "verify", "flush", "warm FILE [TENANT]". JSON into out. Runs on the control thread, which waits for flush
- * and warm, and reads the whole disk tier for verify. -EINVAL: no such command; others with the reason.
+ * argument: "" or "stat", "verify", "flush", "warm FILE [TENANT]", "pin FILE [TENANT]", "unpin FILE [TENANT]", "unpin all". JSON into
+ * out. Runs on the control thread, which waits for flush, warm and the pins, and reads the whole disk tier for verify. -EINVAL: no
+ * such command; others with the reason.
  */
 int kv_command(struct host *h, const char *disk_dir, const char *argument, struct sbuf *out, struct arle_err *err);
 

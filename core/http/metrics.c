@@ -99,6 +99,11 @@ static void put_status_counts(struct sbuf *b, struct http_server *srv)
     X("arle_kv_snapshots_taken_total", "counter", "State snapshots taken.", kv.snapshots_taken) \
     X("arle_kv_snapshots_evicted_total", "counter", "State snapshots evicted.", kv.snapshots_evicted) \
     X("arle_kv_snapshots_restored_total", "counter", "State snapshots that a prompt went on from.", kv.snapshots_restored) \
+    X("arle_kv_pins", "gauge", "Prompts that are pinned.", kv.pins) \
+    X("arle_kv_pinned_pages", "gauge", "Pages that pins hold, in any tier.", kv.pinned_pages) \
+    X("arle_kv_pinned_states", "gauge", "State snapshots that pins hold, in any tier.", kv.pinned_states) \
+    X("arle_kv_pins_yielded_total", "counter", "Pinned pages that left the device because a sequence could not run otherwise.", \
+      kv.pins_yielded) \
     X("arle_kv_parked_total", "counter", "Sequences moved away whole.", kv.parked) \
     X("arle_kv_store_gets_total", "counter", "Objects asked of the cluster tier.", kv.store_gets) \
     X("arle_kv_store_puts_total", "counter", "Objects given to the cluster tier.", kv.store_puts) \

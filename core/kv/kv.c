@@ -10,6 +10,7 @@
 #define MAX_NODES (1u << 21)
 #define MAX_SNAPS (1u << 18)
 #define MAX_DEV_SNAPS 65536u
+#define STORE_SNAPS 4096u       /* states that only the cluster has */
 
 static int check_config(const struct kv_config *c, const struct arle_cache_group *g, uint32_t n_groups, struct arle_err *err)
 {
@@ -61,6 +62,8 @@ static int size_tree(struct kv *kv, struct arle_err *err)
         nodes += (kv->cfg.host_bytes + (kv->disk_dir[0] != '\0' ? kv->cfg.disk_bytes : 0)) / kv->page_total;
     if (kv->has_state)
         more_snaps = (kv->cfg.host_bytes + (kv->disk_dir[0] != '\0' ? kv->cfg.disk_bytes : 0)) / kv->state_total;
+    if (kv->has_state && kv->cfg.store != NULL)
+        more_snaps += STORE_SNAPS;
     nodes = nodes > MAX_NODES ? MAX_NODES : nodes;
     more_snaps = more_snaps > MAX_SNAPS ? MAX_SNAPS : more_snaps;
     int r = tree_init(kv, (uint32_t)nodes, (uint32_t)(snaps + more_snaps), (uint32_t)snaps, err);
@@ -97,6 +100,8 @@ int kv_create(struct kv **out, const struct kv_config *cfg, struct arle_device *
         kv->cfg.snapshot_align = 64;
     if (kv->cfg.tenant_quota_pct == 0 || kv->cfg.tenant_quota_pct > 100)
         kv->cfg.tenant_quota_pct = 100;
+    if (kv->cfg.pin_pct == 0 || kv->cfg.pin_pct > 100)
+        kv->cfg.pin_pct = 50;
     kv->identity = strdup(cfg->identity != NULL ? cfg->identity : "");
     kv->disk_dir = strdup(cfg->disk_dir != NULL ? cfg->disk_dir : "");
     if (kv->identity == NULL || kv->disk_dir == NULL)
@@ -148,6 +153,7 @@ void kv_destroy(struct kv *kv)
             kv->mem->free(kv->dev, ARLE_MEM_DEVICE, kv->base[i]);
     if (kv->snap_base != NULL)
         kv->mem->free(kv->dev, ARLE_MEM_DEVICE, kv->snap_base);
+    pin_fini(kv);
     tree_fini(kv);
     page_pool_fini(&kv->pages);
     page_pool_fini(&kv->slots);
@@ -191,6 +197,9 @@ void kv_publish_stats(struct kv *kv)
     if (kv->slow != NULL)
         slow_stats(kv, &s);
     s.snapshot_bytes = (uint64_t)(kv->snap_pool.n - kv->snap_pool.n_free) * kv->state_total;
+    s.pins = kv->n_pins;
+    s.pinned_pages = kv->pinned_nodes;
+    s.pinned_states = kv->pinned_snaps;
     s.slots_total = kv->slots.n;
     s.slots_free = kv->slots.n_free;
     uint64_t words[sizeof s / sizeof(uint64_t)];
@@ -247,6 +256,8 @@ const char *kv_miss_text(enum kv_miss miss)
     case KV_MISS_EVICTED: return "evicted";
     case KV_MISS_LAST_TOKEN: return "last token is always computed";
     case KV_MISS_DIVERGED: return "prompt diverges from what is remembered";
+    case KV_MISS_NOT_WORTH: return "computing was expected to be faster than fetching";
+    case KV_MISS_NOT_FETCHED: return "could not be fetched from a lower tier now";
     }
     return "unknown";
 }

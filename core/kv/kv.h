@@ -39,15 +39,20 @@ struct kv_config {
     uint32_t snapshot_align;        /* snapshots of a prompt fall on multiples of this [64]; so do chunk borders */
     bool strict;                    /* remember prefilled tokens only: warm equals cold bit for bit also where a backend rounds
                                      * differently when it decodes; costs recomputing the last answer each turn [false] */
-    uint32_t tenant_quota_pct;      /* share of the cached device and host pages one tenant may hold [100] */
+    uint32_t tenant_quota_pct;      /* share of the device pages that one tenant may hold cached [100] */
     uint32_t host_state_pct;        /* share of the host tier for state records, the rest is for pages [50] */
     uint32_t disk_fsync;            /* enum kv_fsync: sync at every commit (survives power loss), or leave it to the kernel */
     uint32_t store_deadline_ms;     /* one batch to the cluster tier may take this long [250] */
     uint64_t store_min_bytes_s;     /* the cluster tier is left alone while it measures slower than this [1 MB/s] */
+    uint32_t pin_pct;               /* share of the device pages, and of the snapshot records, that pins may hold [50] */
 };
 
 /* Why a prompt was not reused further than it was. */
-enum kv_miss { KV_MISS_NONE, KV_MISS_OFF, KV_MISS_COLD, KV_MISS_NO_STATE, KV_MISS_EVICTED, KV_MISS_LAST_TOKEN, KV_MISS_DIVERGED };
+enum kv_miss {
+    KV_MISS_NONE, KV_MISS_OFF, KV_MISS_COLD, KV_MISS_NO_STATE, KV_MISS_EVICTED, KV_MISS_LAST_TOKEN, KV_MISS_DIVERGED,
+    KV_MISS_NOT_WORTH,              /* a lower tier has more, and fetching it was not expected to be faster than computing it */
+    KV_MISS_NOT_FETCHED,            /* a lower tier has more, and had no way to give it now: no room, too much at once, shut */
+};
 
 struct kv_hit {
     uint32_t cached_tokens;         /* positions [0, cached) need no computing */
@@ -138,10 +143,41 @@ struct kv_stats {
     uint64_t demoted_bytes[4], promoted_bytes[4];           /* by tier: device, host, disk, store */
     uint64_t pages_evicted, parked, resumed;
     uint64_t disk_user_bytes, disk_written_bytes;           /* their quotient is the write amplification */
+    uint64_t pins, pinned_pages, pinned_states;             /* prompts that are pinned; what they hold, wherever it is */
+    uint64_t pins_yielded;                                  /* pinned pages that a sequence took off the device */
 };
 void kv_stat(const struct kv *kv, struct kv_stats *out);
-/** Drops everything that no sequence uses, from every local tier. */
+/** Drops everything that no sequence uses and no pin holds, from every local tier. */
 void kv_flush(struct kv *kv);
+
+/* What a pin holds after the call. */
+struct kv_pinned {
+    uint32_t tokens;            /* of its prompt that a request like it finds */
+    uint32_t pages, states;
+    uint32_t pins;              /* in all */
+    uint64_t all_pages, all_states;
+};
+
+/**
+ * Pins what is remembered of a prompt: the deepest place where the same prompt could start (a state and all pages before it; without
+ * state groups the pages alone), and likewise for each of its marks, so that a prompt which shares the beginning only finds its place
+ * too. Pinning the same prompt again renews: the pin moves to what is remembered now.
+ *
+ * What is pinned leaves the device only for a sequence that runs or is being opened, after everything else that could go; it then
+ * keeps its places in lower tiers like any other entry. It stays pinned until kv_unpin, or until no tier has it any more. Pins that
+ * overlap count. The tenant's quota counts pinned pages and does not evict them. Pins live as long as the plane: no restart.
+ *
+ * tokens, marks: copied. -EINVAL: the prefix cache is off (param "kv.prefix_cache"); -ENOENT: nothing of the prompt is remembered;
+ * -ENOSPC: pins would hold more than pin_pct (param "kv.pin_pct"), or there are too many; -ENOMEM. Then nothing has changed.
+ * Thread: engine thread, not on the path of a step: it allocates, and walks the tree once per mark.
+ */
+int kv_pin(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t *tokens, uint32_t n, const uint32_t *marks,
+           uint32_t n_marks, struct kv_pinned *out, struct arle_err *err);
+/** Ends the pin of exactly this prompt; what it held becomes an entry like others. -ENOENT: it is not pinned. */
+int kv_unpin(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t *tokens, uint32_t n, struct kv_pinned *out,
+             struct arle_err *err);
+/** Ends all pins. Returns how many there were. */
+uint32_t kv_unpin_all(struct kv *kv);
 
 /** The engine reports how fast it prefills (tokens computed in how long); promotion is weighed against it. */
 void kv_report_prefill(struct kv *kv, uint32_t n_tokens, int64_t us);

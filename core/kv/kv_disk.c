@@ -23,6 +23,7 @@
 #define SEG_HEAD 16u
 #define CHUNK_HEAD 32u
 #define BUCKETS 65536u
+#define LOOKS 3                 /* reading a folder that changes is tried again so often */
 #define AMP_LIMIT 1.2           /* copying live chunks stops above this write amplification */
 
 static const char SEG_MAGIC[8] = { 'A', 'R', 'L', 'E', 'K', 'V', 'S', '1' };
@@ -34,10 +35,11 @@ struct object {
     int32_t *chunks; uint32_t n_chunks;
     uint64_t used;                      /* clock at last use of it or of something below it */
     bool moved;                         /* compaction is moving one of its chunks */
+    bool pinned;
     struct object *up, *kids, *prev, *next, *hnext;
 };
 
-struct segment { uint32_t num; int fd; uint64_t bytes, live, used; };
+struct segment { uint32_t num; int fd; uint64_t bytes, live, used; bool pinned; };     /* used, pinned: see seg_ages */
 
 struct kv_disk {
     char *path, *identity;
@@ -334,11 +336,8 @@ static void obj_log_del(struct kv_disk *d, const struct object *o)
     d->man_dead += sizeof rec + obj_record_size(o);
 }
 
-/* Takes an object and all below it out. lost: the owner does not know and is told. */
-static void obj_drop(struct kv_disk *d, struct object *o, bool log, bool lost)
+static void leaf_drop(struct kv_disk *d, struct object *o, bool log, bool lost)
 {
-    while (o->kids != NULL)
-        obj_drop(d, o->kids, log, lost);
     if (lost && grow((void **)&d->lost, &d->cap_lost, d->n_lost + 1, sizeof *d->lost)) {
         d->lost[d->n_lost].id = o->o.id;
         d->lost[d->n_lost].kind = o->o.kind;
@@ -350,6 +349,17 @@ static void obj_drop(struct kv_disk *d, struct object *o, bool log, bool lost)
     for (uint32_t i = 0; i < o->n_chunks; i++)
         chunk_unref(d, o->chunks[i]);
     obj_free(o);
+}
+
+/* Takes an object and all below it out, leaves first: a long prompt is a long chain. lost: the owner does not know and is told. */
+static void obj_drop(struct kv_disk *d, struct object *top, bool log, bool lost)
+{
+    for (struct object *o = top, *up; o != NULL; o = up) {
+        while (o->kids != NULL)
+            o = o->kids;
+        up = o != top ? o->up : NULL;
+        leaf_drop(d, o, log, lost);
+    }
 }
 
 static int by_id(const void *a, const void *b)
@@ -505,13 +515,15 @@ static bool obj_in_seg(const struct kv_disk *d, const struct object *o, uint32_t
 static void seg_ages(struct kv_disk *d)
 {
     for (uint32_t i = 0; i < d->n_segs; i++)
-        d->segs[i].used = 0;
+        d->segs[i].used = 0, d->segs[i].pinned = false;
     for (uint32_t b = 0; b < BUCKETS; b++)
         for (struct object *o = d->table[b]; o != NULL; o = o->hnext)
             for (uint32_t i = 0; i < o->n_chunks; i++) {
                 struct segment *s = seg_find(d, d->chunks[o->chunks[i]].ref.seg);
                 if (s != NULL && s->used < o->used)
                     s->used = o->used;
+                if (s != NULL)
+                    s->pinned |= o->pinned;
             }
 }
 
@@ -586,6 +598,11 @@ static void seg_evict(struct kv_disk *d, uint32_t num)
         seg_unlink(d, s);
 }
 
+static bool goes_before(const struct segment *a, const struct segment *b)
+{
+    return a->pinned != b->pinned ? b->pinned : a->used < b->used;
+}
+
 static bool reclaim(struct kv_disk *d)
 {
     int32_t victim = -1;
@@ -593,7 +610,7 @@ static bool reclaim(struct kv_disk *d)
         seg_finish(d);
     seg_ages(d);
     for (uint32_t i = 0; i < d->n_segs; i++)
-        if ((int32_t)i != d->cur && (victim < 0 || d->segs[i].used < d->segs[victim].used))
+        if ((int32_t)i != d->cur && (victim < 0 || goes_before(&d->segs[i], &d->segs[victim])))
             victim = (int32_t)i;
     if (victim < 0)
         return false;
@@ -719,6 +736,13 @@ void kv_disk_remove(struct kv_disk *d, uint64_t id)
     tidy(d);
 }
 
+void kv_disk_pin(struct kv_disk *d, uint64_t id, bool pinned)
+{
+    struct object *o = obj_find(d, id);
+    if (o != NULL)
+        o->pinned = pinned;
+}
+
 bool kv_disk_next_lost(struct kv_disk *d, uint64_t *id, uint32_t *kind, int32_t *handle)
 {
     if (d->n_lost == 0)
@@ -819,6 +843,12 @@ static int list_files(struct kv_disk *d, uint32_t *out_man)
         char tail[8] = "";
         struct stat sb;
         if (sscanf(e->d_name, "seg-%8u.%7s", &num, tail) == 2 && strcmp(tail, "kvs") == 0) {
+            struct segment *known = seg_find(d, num);
+            if (known != NULL) {
+                if (fstat(known->fd, &sb) == 0)
+                    known->bytes = (uint64_t)sb.st_size;
+                continue;
+            }
             int f = openat(d->dir_fd, e->d_name, d->read_only ? O_RDONLY | O_CLOEXEC : O_RDWR | O_CLOEXEC);
             if (f < 0 || fstat(f, &sb) < 0 || !grow((void **)&d->segs, &d->cap_segs, d->n_segs + 1, sizeof *d->segs)) {
                 if (f >= 0)
@@ -879,7 +909,9 @@ static int man_load(struct kv_disk *d, uint32_t num, struct arle_err *err)
     }
     uint8_t *data = malloc((size_t)sb.st_size + 1);
     int64_t end = -ENOMEM;
-    if (data != NULL && read_all(fd, data, (size_t)sb.st_size, 0)) {
+    uint32_t ignored;
+    if (data != NULL && read_all(fd, data, (size_t)sb.st_size, 0)
+        && (!d->read_only || list_files(d, &ignored) == 0)) {       /* a writer has put chunks before their records: now they are seen */
         struct kv_manifest_sink sink = { .arg = d, .put = replay_put, .del = replay_del };
         end = kv_manifest_parse(data, (size_t)sb.st_size, d->identity, &sink, &d->st.skipped_bytes);
     }
@@ -926,7 +958,7 @@ static int open_dir(struct kv_disk *d, const struct kv_disk_config *cfg, struct 
     return 0;
 }
 
-int kv_disk_open(struct kv_disk **out, const struct kv_disk_config *cfg, struct arle_err *err)
+static int open_once(struct kv_disk **out, const struct kv_disk_config *cfg, struct arle_err *err)
 {
     struct kv_disk *d = calloc(1, sizeof *d);
     if (d == NULL)
@@ -974,6 +1006,18 @@ int kv_disk_open(struct kv_disk **out, const struct kv_disk_config *cfg, struct 
     d->st.user_bytes = d->st.written_bytes = 0;
     *out = d;
     return 0;
+}
+
+int kv_disk_open(struct kv_disk **out, const struct kv_disk_config *cfg, struct arle_err *err)
+{
+    int r = open_once(out, cfg, err);
+    /* An engine that writes meanwhile may have dropped a segment, or replaced the manifest, between two looks at the folder. */
+    for (int i = 0; i < LOOKS && cfg->read_only && (r == -EIO || (r == 0 && (*out)->st.bad_objects > 0)); i++) {
+        if (r == 0)
+            kv_disk_close(*out);
+        r = open_once(out, cfg, err);
+    }
+    return r;
 }
 
 void kv_disk_close(struct kv_disk *d)

@@ -57,6 +57,12 @@ int kv_disk_get(struct kv_disk *d, uint64_t id, void *data, uint64_t bytes, stru
 /** Drops an object and everything below it. */
 void kv_disk_remove(struct kv_disk *d, uint64_t id);
 
+/**
+ * While an object is pinned, the segments that hold bytes of it are dropped after all segments that hold nothing pinned. An order,
+ * no promise: when each segment holds something pinned, the one used least recently goes. Not stored. No effect when it is absent.
+ */
+void kv_disk_pin(struct kv_disk *d, uint64_t id, bool pinned);
+
 /** Next object that was dropped by the disk itself (budget, damage), with its handle; false when there is none. */
 bool kv_disk_next_lost(struct kv_disk *d, uint64_t *id, uint32_t *kind, int32_t *handle);
 

@@ -53,6 +53,9 @@ static void sift(struct kv_heap *h, uint32_t at, int32_t id)
 
 void kv_heap_put(struct kv_heap *h, int32_t id, double key)
 {
+    if (h->pos[id] != 0)
+        h->n_late -= h->key[id] >= KV_LATE;
+    h->n_late += key >= KV_LATE;
     h->key[id] = key;
     sift(h, h->pos[id] != 0 ? h->pos[id] - 1 : h->n++, id);
 }
@@ -61,6 +64,7 @@ void kv_heap_remove(struct kv_heap *h, int32_t id)
 {
     if (h->pos[id] == 0)
         return;
+    h->n_late -= h->key[id] >= KV_LATE;
     uint32_t at = h->pos[id] - 1;
     int32_t last = h->ids[--h->n];
     h->pos[id] = 0;

@@ -1,15 +1,21 @@
-/* A binary heap of small integers ordered by a key, smallest first, with removal by integer. Sized once, allocates nothing after. */
+/*
+ * A binary heap of small integers ordered by a key, smallest first, with removal by integer. Sized once, allocates nothing after.
+ * Ids with a key of KV_LATE or more are counted: they leave after all others, whatever those are worth.
+ */
 #ifndef CORE_KV_HEAP_H
 #define CORE_KV_HEAP_H
 
 #include <stdbool.h>
 #include <stdint.h>
 
+#define KV_LATE 1e15            /* more than any worth */
+
 struct kv_heap {
     int32_t *ids;           /* the heap */
     uint32_t *pos;          /* by id: place + 1, or 0 when it is not in the heap */
     double *key;            /* by id */
     uint32_t n, cap;
+    uint32_t n_late;        /* of n */
 };
 
 int kv_heap_init(struct kv_heap *h, uint32_t cap);      /* ids 0..cap-1; -ENOMEM */

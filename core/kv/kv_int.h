@@ -38,7 +38,8 @@ struct kv_node {
     uint32_t users;                     /* sequences and promotions that stand on it or below */
     uint32_t dev_kids, host_kids, kids; /* children with a device page, with a host copy, at all */
     uint32_t busy;                      /* moves under way; each of them also is a user */
-    int32_t tprev, tnext;               /* its tenant's list of evictable nodes */
+    uint32_t pinned;                    /* ends of pins at it or below (kv_pin.c) */
+    int32_t tprev, tnext;               /* its tenant's list of evictable nodes, pinned ones left out */
     uint64_t hash;                      /* of the whole path */
     uint64_t disk, disk_new;            /* id of the disk object; of the one being written; 0 = none */
     uint8_t store;                      /* the cluster tier has it */
@@ -47,7 +48,8 @@ struct kv_node {
     uint8_t rising;                     /* its page is being copied up */
     uint8_t store_new;                  /* being put there */
     uint8_t has_key;                    /* kv.keys holds its key */
-    uint8_t idle;                       /* counted in kv.idle_pages */
+    uint8_t idle, idle_pinned;          /* counted in kv.idle_pages, in kv.idle_pinned */
+    uint8_t listed;                     /* in its tenant's list */
     double prio;                        /* worth when it was last let go */
 };
 
@@ -55,7 +57,9 @@ struct kv_node {
 struct kv_snap {
     int32_t node, next;                 /* node -1: free (next chains the free list) */
     uint32_t pos, cost;                 /* cost: tokens to recompute without it */
-    uint32_t hits, pins, busy;
+    uint32_t hits, busy;
+    uint32_t users;                     /* moves and promotions that need it */
+    uint32_t pinned;                    /* pins that hold it */
     int32_t dev, host;                  /* record slots, -1 = none */
     uint64_t disk, disk_new;
     uint8_t store, store_new, origin, no_disk, no_store;
@@ -79,11 +83,18 @@ struct kv_move {
 struct kv_promo {
     int32_t node, snap;                 /* node -1: free */
     bool ready;
-    int64_t start_us;
+    int64_t since_us;                   /* asked for; when it is ready: since then */
 };
 
+/*
+ * One operator's pin: the places where a prompt like it could start (the deepest one, and one for each of its marks). Each of
+ * them counts in `pinned` of its state and of every page from the root down to it.
+ */
+struct kv_pin_end { int32_t node, snap; };                  /* snap -1: the model has no states */
+struct kv_pin { uint8_t id[16]; struct kv_pin_end *end; uint32_t n_ends; };      /* id: of salt and tokens */
+
 struct kv_root { uint8_t salt[KV_SALT_BYTES]; int32_t node, tenant; };      /* node -1: free entry */
-struct kv_tenant { uint8_t tag[16]; uint32_t n_roots; int64_t dev_pages, host_pages; int32_t head, tail; };
+struct kv_tenant { uint8_t tag[16]; uint32_t n_roots; int64_t dev_pages; int32_t head, tail; };
 
 struct kv_seq {
     struct kv *kv;
@@ -133,7 +144,9 @@ struct kv {
     int32_t *table; uint32_t table_mask;        /* full nodes by path hash */
     struct kv_root *roots; uint32_t n_roots, roots_cap;
     struct kv_tenant *tenants; uint32_t n_tenants, tenants_cap;
-    uint64_t idle_pages;                /* pages in the tree that no sequence uses */
+    uint64_t idle_pages, idle_pinned;   /* pages in the tree that no sequence uses; pinned ones among them */
+    struct kv_pin *pins; uint32_t n_pins, pins_cap;
+    uint32_t pinned_nodes, pinned_snaps;        /* each counted once */
     struct kv_heap dev_heap;            /* nodes whose device page could go */
     double dev_age;                     /* worth of the last page evicted: newcomers start from here */
     uint64_t *ghosts;                   /* [KV_GHOSTS] path hashes of what was dropped, for the reason of a miss */
@@ -143,6 +156,7 @@ struct kv {
     struct page_pool snap_pool;         /* device records */
     char *snap_base;
     struct kv_heap snap_heap; double snap_age;
+    uint32_t snap_clock;                /* where the search for a victim goes on when entries run out */
 
     /* host tier */
     struct page_pool host_pages, host_states;
@@ -224,8 +238,8 @@ void tree_match(const struct kv *kv, int root, const int32_t *tokens, uint32_t n
 /** The deepest full node on the path of tokens [0, n) that has a device page. */
 int32_t tree_walk(const struct kv *kv, int root, const int32_t *tokens, uint32_t n);
 /** Adds or takes a user on node and all its ancestors. */
-void tree_pin(struct kv *kv, int32_t node);
-void tree_unpin(struct kv *kv, int32_t node);
+void tree_use(struct kv *kv, int32_t node);
+void tree_unuse(struct kv *kv, int32_t node);
 /** Enters the full pages of s that are final and known. */
 void tree_publish(struct kv_seq *s);
 /* Lets the nodes s stands on use its pages instead of second copies of their own. */
@@ -236,8 +250,11 @@ bool tree_snapshot(struct kv_seq *s, uint32_t pos);
 int32_t tree_node_at(struct kv_seq *s, uint32_t pos);
 /** The child of parent with these tokens, found or made without data; the caller gives it some at once. -1: the tree is full. */
 int32_t tree_enter(struct kv *kv, int32_t parent, const int32_t *tokens, uint32_t n);
-/** Drops cached device pages until `want` are free; false when that is not possible. */
-bool tree_make_room(struct kv *kv, uint32_t want);
+/**
+ * Drops cached device pages until `want` are free; false when that is not possible. What cannot be enough is not begun. Pinned
+ * pages are left alone unless `pins`, and then go last: only for a sequence that runs or is about to.
+ */
+bool tree_make_room(struct kv *kv, uint32_t want, bool pins);
 /** A page whose last other holder let go may be evictable now. */
 void tree_page_released(struct kv *kv, int32_t page);
 /** Re-evaluates whether node can be evicted from the device. */
@@ -248,7 +265,7 @@ void tree_remove(struct kv *kv, int32_t node);
 void tree_drop_page(struct kv *kv, int32_t node);
 void tree_set_page(struct kv *kv, int32_t node, int32_t page);     /* takes over one reference of page */
 void snap_drop(struct kv *kv, int32_t snap);
-/** A device record for a snapshot, evicting a lesser one; -1: all are pinned. */
+/** A device record for a snapshot, evicting a lesser one; -1: all are in use. */
 int32_t snap_record_get(struct kv *kv);
 void snap_update(struct kv *kv, int32_t snap);
 void snap_copy(struct kv *kv, struct arle_stream *st, int32_t record, int32_t slot, bool restore);
@@ -257,6 +274,16 @@ int32_t snap_new(struct kv *kv, int32_t node, uint32_t pos, uint32_t cost);     
 void snap_used(struct kv *kv, int32_t snap);
 bool tree_is_ghost(const struct kv *kv, uint64_t hash);
 uint64_t tree_path_hash(uint64_t parent, const int32_t *tokens, uint32_t n);
+
+/* ---- kv_pin.c: what an operator wants to stay ----------------------------------------------------------------------- */
+
+void pin_fini(struct kv *kv);
+/** A pinned snapshot leaves the tree: whoever pinned it lets go of it and of the pages that lead to it. */
+void pin_snap_lost(struct kv *kv, int32_t snap);
+/** A pinned page leaves the tree, its states are gone already: pins that ended there end before it. */
+void pin_node_lost(struct kv *kv, int32_t node);
+/** What `from` held is at its sibling `to` now. */
+void pin_node_merged(struct kv *kv, int32_t from, int32_t to);
 
 /* ---- kv_move.c: device and host ------------------------------------------------------------------------------------- */
 
@@ -286,6 +313,10 @@ int move_fetch(struct kv *kv, const struct kv_match *m);
 void move_fetched(struct kv *kv, int32_t node);
 /** Lets go of everything that was fetched for prompts which have not been opened yet. */
 void move_end_promos(struct kv *kv);
+/** Lets go of the one that has been ready longest and is not for `node`; false when there is none. */
+bool move_end_ready(struct kv *kv, int32_t node);
+/** Takes results of copies that have passed, so that what they held may go. Not while a batch is being put together. */
+void moves_finish(struct kv *kv);
 /** True when nothing is under way. */
 bool move_idle(const struct kv *kv);
 int32_t host_page_get(struct kv *kv);       /* a host slot, evicting lesser copies; -1: none */
@@ -317,8 +348,13 @@ bool slow_poll(struct kv *kv);
 bool slow_read(struct kv *kv, int32_t node, int32_t snap);
 /** Whether the cluster may know more of this prompt than m says: 0 nothing to wait for, -EINPROGRESS asked. */
 int slow_ask(struct kv *kv, int root, const int32_t *tokens, uint32_t n, const struct kv_match *m);
+/** The disk object of this node goes, and those of its states with it: whoever stays in the tree is written again. */
+void slow_orphan_snaps(struct kv *kv, int32_t node);
 void slow_forget_node(struct kv *kv, int32_t node);
 void slow_forget_snap(struct kv *kv, int32_t snap);
+/** The disk is told whether the object of a page or state is pinned, whenever that or its place there changes. */
+void slow_pinned_node(struct kv *kv, int32_t node);
+void slow_pinned_snap(struct kv *kv, int32_t snap);
 void slow_update_node(struct kv *kv, int32_t node);
 void slow_update_snap(struct kv *kv, int32_t snap);
 void snap_set_host(struct kv *kv, int32_t snap, int32_t slot);

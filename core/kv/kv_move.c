@@ -1,14 +1,14 @@
 /*
  * Between device and host: copies down before the device runs full, copies up when a prompt asks for them, and which host copy
  * goes next. Copies run on their own stream, behind an event of the compute stream, in batches of one event each. Whatever is
- * being copied is pinned in the tree until the event has passed.
+ * being copied is in use in the tree until the event has passed.
  */
 #include "kv/kv_int.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
 
-#define PROMO_KEEP_US 5000000       /* a promoted prefix nobody came back for is let go */
+#define PROMO_KEEP_US 5000000       /* a promoted prefix nobody came back for is let go: sooner when somebody needs the room */
 #define TAIL_LATER 1e15             /* more than any worth: what slower tiers take goes down before what they do not */
 #define STAGE_PAGES 256u            /* host places at least, when there are slower tiers */
 #define STAGE_STATES 8u
@@ -99,13 +99,16 @@ void move_update_node(struct kv *kv, int32_t i)
     const struct kv_node *n = &kv->nodes[i];
     bool idle = n->parent >= 0 && n->users == 0;
     bool barren = kv->has_state && n->kids == 0 && n->snaps < 0;
-    put_or_remove(&kv->host_heap, i, idle && n->host >= 0 && n->host_kids == 0, n->prio);
+    /* A pinned page that has left the device is not pushed out of a host tier. In the staging area everything has to pass. */
+    bool stay = n->pinned > 0 && n->page < 0 && kv->cfg.host_bytes > 0;
+    double late = n->pinned == 0 ? 0 : n->page >= 0 || n->disk != 0 || n->store ? KV_LATE : 2 * KV_LATE;
+    put_or_remove(&kv->host_heap, i, idle && n->host >= 0 && n->host_kids == 0 && !stay, n->prio + late);
     /* What a slower tier has is not copied again: device and host would pass it round. Without a host tier of its own the host
      * takes only what can go further. */
     bool stays = n->disk == 0 && !n->store
                  && (kv->cfg.host_bytes > 0 || n->fill == kv->pt || (n->start + n->fill) % 64 == 0);
     put_or_remove(&kv->down_heap, i, kv->host_pages.n > 0 && idle && n->page >= 0 && n->host < 0 && !barren && stays
-                  && kv->pages.refs[n->page] == 1, n->prio);
+                  && kv->pages.refs[n->page] == 1, n->prio + (n->pinned > 0 ? KV_LATE : 0));
     if (kv->slow != NULL)
         slow_update_node(kv, i);
 }
@@ -113,11 +116,13 @@ void move_update_node(struct kv *kv, int32_t i)
 void move_update_snap(struct kv *kv, int32_t i)
 {
     const struct kv_snap *s = &kv->snaps[i];
-    bool idle = s->node >= 0 && s->pins == 0;
-    put_or_remove(&kv->snap_host_heap, i, idle && s->host >= 0, s->prio);
+    bool idle = s->node >= 0 && s->users == 0;
+    bool stay = s->pinned > 0 && s->dev < 0 && kv->cfg.host_bytes > 0;
+    double late = s->pinned == 0 ? 0 : s->dev >= 0 || s->disk != 0 || s->store ? KV_LATE : 2 * KV_LATE;
+    put_or_remove(&kv->snap_host_heap, i, idle && s->host >= 0 && !stay, s->prio + late);
     put_or_remove(&kv->snap_down_heap, i, kv->host_states.n > 0 && idle && s->dev >= 0 && s->host < 0
                   && s->disk == 0 && !s->store && (kv->cfg.host_bytes > 0 || s->pos % 64 == 0),
-                  kv->slow != NULL && s->pos % 64 == 0 ? s->prio - TAIL_LATER : s->prio);
+                  s->pinned > 0 ? s->prio + KV_LATE : kv->slow != NULL && s->pos % 64 == 0 ? s->prio - TAIL_LATER : s->prio);
     if (kv->slow != NULL)
         slow_update_snap(kv, i);
 }
@@ -131,7 +136,6 @@ void node_set_host(struct kv *kv, int32_t i, int32_t slot)
     n->host = slot;
     if (n->parent >= 0 && (old < 0) != (slot < 0)) {
         kv->nodes[n->parent].host_kids += slot >= 0 ? 1 : -1;
-        kv->tenants[kv->roots[n->root].tenant].host_pages += slot >= 0 ? 1 : -1;
         move_update_node(kv, n->parent);
     }
     if (old >= 0)
@@ -239,14 +243,14 @@ static void move_add(struct kv *kv, struct kv_move *m, int32_t node, int32_t sna
         m->item[m->n].fill = kv->nodes[node].fill;
         kv->nodes[node].busy++;
         kv->nodes[node].rising = m->up;
-        tree_pin(kv, node);
+        tree_use(kv, node);
         page_copy_host(kv, kv->copy, dev, host, m->up);
         m->bytes += kv->page_total;
     } else {
         kv->snaps[snap].busy++;
-        kv->snaps[snap].pins++;
+        kv->snaps[snap].users++;
         snap_update(kv, snap);
-        tree_pin(kv, kv->snaps[snap].node);
+        tree_use(kv, kv->snaps[snap].node);
         state_copy_host(kv, dev, host, m->up);
         m->bytes += kv->state_total;
     }
@@ -271,14 +275,14 @@ static void node_moved(struct kv *kv, bool up, int32_t node, int32_t dev, int32_
     } else {
         page_unref(&kv->host_pages, host);      /* it grew meanwhile, or another copy was first */
     }
-    tree_unpin(kv, node);
+    tree_unuse(kv, node);
 }
 
 static void snap_moved(struct kv *kv, bool up, int32_t snap, int32_t dev, int32_t host)
 {
     struct kv_snap *s = &kv->snaps[snap];
     s->busy--;
-    s->pins--;
+    s->users--;
     if (up && s->dev < 0)
         s->dev = dev;
     else if (up)
@@ -288,7 +292,7 @@ static void snap_moved(struct kv *kv, bool up, int32_t snap, int32_t dev, int32_
     else
         page_unref(&kv->host_states, host);
     snap_update(kv, snap);
-    tree_unpin(kv, s->node);
+    tree_unuse(kv, s->node);
 }
 
 void move_measured(struct kv *kv, enum kv_tier tier, uint64_t bytes, int64_t us)
@@ -317,27 +321,38 @@ static void move_done(struct kv *kv, struct kv_move *m)
 
 /* ---- down ----------------------------------------------------------------------------------------------------------- */
 
+/* Whether the host's least copy costs nothing. Pinned ones stay where there is a host tier; the staging area only passes things on. */
+static bool spare_copy(const struct kv *kv, bool lower, uint32_t pinned)
+{
+    return lower && (pinned == 0 || kv->cfg.host_bytes == 0);
+}
+
 /*
- * Pages go down while the host has places that are free or hold what is on disk too, and otherwise until half of the device could be free at once. What is least worth
- * goes first in both directions, so that the clean half is the one that is evicted.
+ * Pages go down while the host has places that are free or hold what is on disk too, and otherwise until half of the device
+ * could be free at once. What is least worth goes first in both directions, so that the clean half is the one that is evicted.
+ * Pinned pages are not evicted for anyone but a running sequence: they count for neither half, and go down last.
  */
 static bool pages_should_go(const struct kv *kv)
 {
     int32_t least = kv_heap_min(&kv->host_heap);
-    bool free_place = kv->host_pages.n_free > 0 || (least >= 0 && (kv->nodes[least].disk || kv->nodes[least].store));
-    uint64_t clean = kv->pages.n_free + kv->idle_pages - kv->down_heap.n;
-    return kv->down_heap.n > 0 && (free_place || clean < kv->pages.n / 2);
+    bool free_place = kv->host_pages.n_free > 0
+                      || (least >= 0 && spare_copy(kv, kv->nodes[least].disk || kv->nodes[least].store, kv->nodes[least].pinned));
+    uint32_t dirty = kv->down_heap.n - kv->down_heap.n_late;
+    uint64_t clean = kv->pages.n_free + kv->idle_pages - kv->idle_pinned - dirty;
+    return kv->down_heap.n > 0 && (free_place || (dirty > 0 && clean < (kv->pages.n - kv->idle_pinned) / 2));
 }
 
 static bool states_should_go(const struct kv *kv)
 {
     int32_t least = kv_heap_min(&kv->snap_host_heap);
-    bool free_place = kv->host_states.n_free > 0 || (least >= 0 && (kv->snaps[least].disk || kv->snaps[least].store));
-    uint32_t clean = kv->snap_pool.n_free + kv->snap_heap.n - kv->snap_down_heap.n;
+    bool free_place = kv->host_states.n_free > 0
+                      || (least >= 0 && spare_copy(kv, kv->snaps[least].disk || kv->snaps[least].store, kv->snaps[least].pinned));
+    uint32_t dirty = kv->snap_down_heap.n - kv->snap_down_heap.n_late;
+    uint32_t clean = kv->snap_pool.n_free + kv->snap_heap.n - kv->snap_heap.n_late - dirty;
     /* A tail can go no further than the host: it would keep places from those that are on their way to a slower tier. */
     int32_t next = kv_heap_min(&kv->snap_down_heap);
     bool tail = kv->slow != NULL && next >= 0 && kv->snaps[next].pos % 64 != 0;
-    return next >= 0 && ((free_place && !tail) || clean < kv->snap_pool.n / 2);
+    return next >= 0 && ((free_place && !tail) || (dirty > 0 && clean < (kv->snap_pool.n - kv->snap_heap.n_late) / 2));
 }
 
 void move_down(struct kv *kv)
@@ -427,7 +442,7 @@ static int raise_one(struct kv *kv, struct kv_move **m, int32_t node, int32_t sn
 {
     if (*m == NULL && (*m = move_new(kv, true)) == NULL)
         return -EAGAIN;
-    int32_t dev = node < 0 ? snap_record_get(kv) : tree_make_room(kv, 1) ? page_alloc(&kv->pages) : -1;
+    int32_t dev = node < 0 ? snap_record_get(kv) : tree_make_room(kv, 1, false) ? page_alloc(&kv->pages) : -1;
     if (dev < 0)
         return -ENOSPC;
     move_add(kv, *m, node, snap, dev, node >= 0 ? kv->nodes[node].host : kv->snaps[snap].host);
@@ -467,9 +482,9 @@ static bool start_up(struct kv *kv, const struct kv_promo *p)
 
 static void promo_end(struct kv *kv, struct kv_promo *p)
 {
-    tree_unpin(kv, p->node);
+    tree_unuse(kv, p->node);
     if (p->snap >= 0) {
-        kv->snaps[p->snap].pins--;
+        kv->snaps[p->snap].users--;
         snap_update(kv, p->snap);
     }
     p->node = -1;
@@ -494,7 +509,7 @@ static bool promo_lost(struct kv *kv, struct kv_promo *p)
     if (lost < 0 && !state)
         return false;
     promo_end(kv, p);
-    if (state && kv->snaps[snap].pins == 0)
+    if (state && kv->snaps[snap].users == 0)
         snap_drop(kv, snap);
     if (lost >= 0 && kv->nodes[lost].users == 0)
         tree_remove(kv, lost);
@@ -506,6 +521,19 @@ void move_end_promos(struct kv *kv)
     for (int i = 0; i < N_PROMOS; i++)
         if (kv->promo[i].node >= 0)
             promo_end(kv, &kv->promo[i]);
+}
+
+bool move_end_ready(struct kv *kv, int32_t node)
+{
+    struct kv_promo *oldest = NULL;
+    for (int i = 0; i < N_PROMOS && kv->n_promos > 0; i++) {
+        struct kv_promo *p = &kv->promo[i];
+        if (p->node >= 0 && p->node != node && p->ready && (oldest == NULL || p->since_us < oldest->since_us))
+            oldest = p;
+    }
+    if (oldest != NULL)
+        promo_end(kv, oldest);
+    return oldest != NULL;
 }
 
 /* Returns 1 when it has just become ready, or ended: the prompt can be opened now with what there is. */
@@ -525,15 +553,16 @@ static int promo_advance(struct kv *kv, struct kv_promo *p)
         }
         if (all_here(kv, p->node, p->snap)) {
             p->ready = true;
+            p->since_us = clock_mono_us();
             return 1;
         }
     }
-    if (clock_mono_us() - p->start_us > PROMO_KEEP_US)
+    if (clock_mono_us() - p->since_us > PROMO_KEEP_US)
         promo_end(kv, p);
     return 0;
 }
 
-static void moves_finish(struct kv *kv)
+void moves_finish(struct kv *kv)
 {
     for (int i = 0; i < N_MOVES; i++)
         if (kv->move[i].n > 0 && kv->mem->event_query(kv->dev, kv->move[i].ev) != 0)
@@ -547,16 +576,18 @@ int move_fetch(struct kv *kv, const struct kv_match *m)
         if (kv->promo[i].node == m->node && kv->promo[i].snap == m->snap)
             p = &kv->promo[i];
     if (p == NULL) {
+        if (kv->n_promos == N_PROMOS)
+            move_end_ready(kv, -1);
         for (int i = 0; i < N_PROMOS && p == NULL; i++)
             if (kv->promo[i].node < 0)
                 p = &kv->promo[i];
         if (p == NULL)
             return -EAGAIN;
-        *p = (struct kv_promo){ .node = m->node, .snap = m->snap, .start_us = clock_mono_us() };
+        *p = (struct kv_promo){ .node = m->node, .snap = m->snap, .since_us = clock_mono_us() };
         kv->n_promos++;
-        tree_pin(kv, p->node);
+        tree_use(kv, p->node);
         if (p->snap >= 0) {
-            kv->snaps[p->snap].pins++;
+            kv->snaps[p->snap].users++;
             snap_update(kv, p->snap);
         }
         promo_advance(kv, p);

@@ -55,6 +55,8 @@ static void do_disk(struct kv_mover *m, struct kv_job *j)
         j->result = kv_disk_put(m->disk, &j->o, j->data, &err);
     else if (j->op == JOB_GET)
         j->result = kv_disk_get(m->disk, j->o.id, j->data, j->o.bytes, &err);
+    else if (j->op == JOB_PIN)
+        kv_disk_pin(m->disk, j->o.id, j->pinned);
     else
         kv_disk_remove(m->disk, j->o.id);
     j->us = clock_mono_us() - start;

@@ -14,7 +14,7 @@
 
 #define MOVER_JOBS 128u
 
-enum kv_job_op { JOB_PUT = 1, JOB_GET, JOB_DEL, JOB_LOST, JOB_PROBE };
+enum kv_job_op { JOB_PUT = 1, JOB_GET, JOB_DEL, JOB_LOST, JOB_PROBE, JOB_PIN };
 
 /* Which keys of a prompt the cluster has: pages first, then states. Owned by whoever holds the job. */
 struct kv_probe { uint32_t n, n_pages; int root; uint32_t first; uint64_t hash; struct arle_kv_item *items; uint8_t *present; };
@@ -26,6 +26,7 @@ struct kv_job {
     uint8_t salt[32];
     void *data; int32_t host;
     struct kv_probe *probe;
+    bool pinned;                /* JOB_PIN: from now on */
     int result;
     int64_t us;
 };

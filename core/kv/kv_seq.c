@@ -65,6 +65,7 @@ struct attach {
     struct kv_match m;
     uint32_t shared;            /* whole pages that are taken over */
     uint32_t need;              /* pages of its own */
+    enum kv_miss left;          /* why more that a lower tier has was left there; KV_MISS_NONE: it was not */
 };
 
 /* Whether a snapshot on the grid in (from, to] was here once: its path hash is among the ghosts. */
@@ -86,6 +87,8 @@ static bool lost_state(const struct kv *kv, const int32_t *tokens, int root, uin
 static enum kv_miss miss_reason(const struct kv *kv, const int32_t *tokens, uint32_t n, const struct attach *a)
 {
     const struct kv_match *m = &a->m;
+    if (a->left != KV_MISS_NONE)
+        return a->left;
     if (m->depth >= n - 1 && m->pos == n - 1)
         return KV_MISS_LAST_TOKEN;
     if (m->depth > m->pos && kv->has_state) {
@@ -174,15 +177,19 @@ static int bring_up(struct kv *kv, const int32_t *tokens, uint32_t n, struct att
     tree_match(kv, a->root, tokens, n, n - 1, true, &here);
     if (!move_here(kv, &here))
         here.pos = 0;
-    int r = move_pending(kv, &a->m) || move_worth(kv, &a->m, a->m.pos - here.pos) ? move_fetch(kv, &a->m) : -EAGAIN;
+    bool worth = move_pending(kv, &a->m) || move_worth(kv, &a->m, a->m.pos - here.pos);
+    int r = worth ? move_fetch(kv, &a->m) : -EAGAIN;
     if (r == -EINPROGRESS)
         return r;
     if (r < 0) {
+        uint32_t deepest = a->m.pos;
         tree_match(kv, a->root, tokens, n, n - 1, true, &a->m);     /* again: a fetch that failed may have changed the tree */
         if (!move_here(kv, &a->m)) {            /* a page in the middle of the path is being fetched for someone else */
             a->m.node = a->m.snap = -1;
             a->m.pos = 0;
         }
+        if (a->m.pos < deepest)
+            a->left = worth ? KV_MISS_NOT_FETCHED : KV_MISS_NOT_WORTH;
     }
     return 0;
 }
@@ -218,9 +225,25 @@ static struct kv_seq *seq_build(struct kv *kv, const int32_t *tokens, uint32_t n
     if (a->root >= 0) {
         s->cursor = a->m.node < 0 ? kv->roots[a->root].node : a->m.pos % kv->pt == 0 ? a->m.node : kv->nodes[a->m.node].parent;
         s->published = a->shared * kv->pt;
-        tree_pin(kv, s->cursor);
+        tree_use(kv, s->cursor);
     }
     return s;
+}
+
+/*
+ * Room for a sequence that starts or goes on. Not for it: what copies held that have passed, then what was fetched for prompts
+ * whose owner has not come back for it (but that of `node`), and at last pins. Who is ready and has the better claim was opened before.
+ */
+static bool room_to_start(struct kv *kv, uint32_t n, int32_t node)
+{
+    if (tree_make_room(kv, n, false))
+        return true;
+    moves_finish(kv);
+    do
+        if (tree_make_room(kv, n, false))
+            return true;
+    while (move_end_ready(kv, node));
+    return tree_make_room(kv, n, true);
 }
 
 int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t *tokens, uint32_t n, struct kv_seq **out,
@@ -238,11 +261,11 @@ int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t 
     if (r < 0)
         return r;
 
-    tree_pin(kv, a.m.node);             /* what is attached must outlive the search for room */
-    bool room = tree_make_room(kv, a.need);
+    tree_use(kv, a.m.node);             /* what is attached must outlive the search for room */
+    bool room = room_to_start(kv, a.need, a.m.node);
     struct kv_seq *s = room ? seq_build(kv, tokens, n, &a) : NULL;
     if (s == NULL) {
-        tree_unpin(kv, a.m.node);
+        tree_unuse(kv, a.m.node);
         return room ? arle_err_set(err, -ENOMEM, "no memory for a sequence")
                     : arle_err_set(err, -EAGAIN, "%u pages needed, %u are free", a.need, kv->pages.n_free);
     }
@@ -255,7 +278,7 @@ int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t 
     } else {
         slot_clear(kv, s->slot);
     }
-    tree_unpin(kv, a.m.node);
+    tree_unuse(kv, a.m.node);
     move_fetched(kv, a.m.node);
     seq_link(s);
     mark_defaults(s, &a);
@@ -270,10 +293,9 @@ int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t 
     return 0;
 }
 
-void kv_seq_mark(struct kv_seq *s, uint32_t pos)
+static void mark_at(struct kv_seq *s, uint32_t pos)
 {
     uint32_t i;
-    pos -= pos % s->kv->cfg.snapshot_align;
     if (pos <= s->cached || pos > s->n_prompt || s->n_marks == KV_MAX_MARKS)
         return;
     for (i = s->n_marks; i > 0 && s->marks[i - 1] >= pos; i--)
@@ -282,6 +304,23 @@ void kv_seq_mark(struct kv_seq *s, uint32_t pos)
     memmove(&s->marks[i + 1], &s->marks[i], (s->n_marks - i) * sizeof s->marks[0]);
     s->marks[i] = pos;
     s->n_marks++;
+}
+
+static uint32_t divisor(uint32_t a, uint32_t b)
+{
+    return b == 0 ? a : divisor(b, a % b);
+}
+
+void kv_seq_mark(struct kv_seq *s, uint32_t pos)
+{
+    const struct kv *kv = s->kv;
+    uint32_t align = kv->cfg.snapshot_align;
+    mark_at(s, pos - pos % align);
+    if (kv->cfg.store == NULL || !kv->has_state || align % kv->pt == 0)
+        return;
+    /* Pages are larger than the grid, and the cluster takes states at their ends only: one there too. */
+    uint64_t end = (uint64_t)align / divisor(align, kv->pt) * kv->pt;
+    mark_at(s, (uint32_t)(pos - pos % end));
 }
 
 /* The first snapshot position > from, or UINT32_MAX. */
@@ -312,16 +351,16 @@ uint32_t kv_seq_cut(const struct kv_seq *s, uint32_t from, uint32_t want)
     return cut > from ? cut : from;
 }
 
-/* Room for a running sequence, which outranks promotions and what it holds twice itself. */
+/* Room for a running sequence, which outranks what it holds twice itself, promotions, and at last pins. */
 static bool room_to_run(struct kv_seq *s, uint32_t n)
 {
-    if (tree_make_room(s->kv, n))
+    if (tree_make_room(s->kv, n, false))
         return true;
     tree_share(s);
-    if (tree_make_room(s->kv, n))
+    if (tree_make_room(s->kv, n, false))
         return true;
     move_end_promos(s->kv);
-    return tree_make_room(s->kv, n);
+    return room_to_start(s->kv, n, -1);
 }
 
 int kv_seq_reserve(struct kv_seq *s, uint32_t n_tokens)
@@ -387,7 +426,7 @@ static void leave_device(struct kv_seq *s)
 {
     struct kv *kv = s->kv;
     if (s->cursor >= 0)
-        tree_unpin(kv, s->cursor);
+        tree_unuse(kv, s->cursor);
     s->cursor = -1;
     for (uint32_t i = 0; i < s->n_pages; i++)
         if (!page_unref(&kv->pages, s->pages[i]))
@@ -407,6 +446,14 @@ static void host_slots_free(struct kv_seq *s)
     s->hstate = -1;
 }
 
+/* A parked sequence stands on the root of its salt only, which would otherwise be given to another when nothing is left below. */
+static void hold_root(struct kv_seq *s, bool hold)
+{
+    if (s->root < 0)
+        return;
+    (hold ? tree_use : tree_unuse)(s->kv, s->kv->roots[s->root].node);
+}
+
 void kv_seq_close(struct kv_seq *s, bool keep)
 {
     struct kv *kv = s->kv;
@@ -418,6 +465,8 @@ void kv_seq_close(struct kv_seq *s, bool keep)
             tree_node_at(s, final_pos(s));
     }
     leave_device(s);
+    if (s->parked)
+        hold_root(s, false);
     s->parked = false;
     if (!s->moving)
         host_slots_free(s);
@@ -500,6 +549,7 @@ int kv_seq_park(struct kv_seq *s)
     kv->st.demoted_bytes[TIER_HOST] += used * kv->page_total + kv->state_total;
     kv->st.parked++;
     s->parked = true;
+    hold_root(s, true);
     leave_device(s);
     return 0;
 }
@@ -517,13 +567,13 @@ int kv_seq_resume(struct kv_seq *s)
         uint32_t known = s->n_computed < s->n_tokens ? s->n_computed : s->n_tokens;
         node = tree_walk(kv, s->root, s->tokens, known);
         shared = (kv->nodes[node].start + kv->nodes[node].fill) / kv->pt;
-        tree_pin(kv, node);
+        tree_use(kv, node);
     }
     if (want < used)
         want = used;
-    if (!tree_make_room(kv, want - shared)) {
+    if (!room_to_start(kv, want - shared, -1)) {
         if (node >= 0)
-            tree_unpin(kv, node);
+            tree_unuse(kv, node);
         return -EAGAIN;
     }
     s->slot = page_alloc(&kv->slots);
@@ -540,6 +590,7 @@ int kv_seq_resume(struct kv_seq *s)
     kv->st.promoted_bytes[TIER_HOST] += (used - shared) * kv->page_total + kv->state_total;
     kv->st.resumed++;
     s->parked = false;
+    hold_root(s, false);
     return 0;
 }
 
@@ -585,6 +636,20 @@ void kv_step_end(struct kv *kv)
     kv_publish_stats(kv);
 }
 
+/* The states of a pinned page that no pin holds. */
+static bool flush_states(struct kv *kv, int32_t node)
+{
+    bool any = false;
+    for (int32_t s = kv->nodes[node].snaps, next; s >= 0; s = next) {
+        next = kv->snaps[s].next;
+        if (kv->snaps[s].pinned == 0 && kv->snaps[s].users == 0) {
+            snap_drop(kv, s);
+            any = true;
+        }
+    }
+    return any;
+}
+
 void kv_flush(struct kv *kv)
 {
     move_end_promos(kv);
@@ -593,7 +658,9 @@ void kv_flush(struct kv *kv)
         any = false;
         for (uint32_t i = 0; i < kv->nodes_used; i++) {
             const struct kv_node *n = &kv->nodes[i];
-            if (n->parent >= 0 && n->users == 0 && n->kids == 0 && (n->page < 0 || kv->pages.refs[n->page] == 1)) {
+            if (n->parent >= 0 && n->pinned > 0)
+                any |= flush_states(kv, (int32_t)i);
+            else if (n->parent >= 0 && n->users == 0 && n->kids == 0 && (n->page < 0 || kv->pages.refs[n->page] == 1)) {
                 tree_remove(kv, (int32_t)i);
                 any = true;
             }

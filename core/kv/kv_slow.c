@@ -23,6 +23,7 @@ struct kv_slow {
     struct kv_mover disk, store;    /* .disk / .store NULL when there is none */
     uint64_t next_id;
     uint64_t *dels; uint32_t n_dels, cap_dels;
+    int32_t *marks; uint32_t n_marks, cap_marks;        /* nodes, and ~snapshots, of which the disk is told whether they are pinned */
     uint8_t (*keys)[32];            /* cluster key of each node */
     int64_t store_shut_until, store_backoff;
     struct asked asked[PROBES]; uint32_t next_asked;
@@ -114,7 +115,7 @@ void slow_update_node(struct kv *kv, int32_t i)
 void slow_update_snap(struct kv *kv, int32_t i)
 {
     const struct kv_snap *s = &kv->snaps[i];
-    bool idle = s->node >= 0 && s->pins == 0 && s->host >= 0 && s->pos % CADENCE == 0;
+    bool idle = s->node >= 0 && s->users == 0 && s->host >= 0 && s->pos % CADENCE == 0;
     const struct kv_node *n = s->node >= 0 ? &kv->nodes[s->node] : NULL;
     if (kv->slow->disk.disk != NULL)
         put_or_remove(&kv->snap_disk_heap, i, idle && !s->no_disk && s->disk == 0 && s->disk_new == 0 && (n->disk || n->disk_new), s->pos);
@@ -140,7 +141,7 @@ static void job_node(struct kv *kv, struct kv_job *j, int op, int32_t node, int3
                                  .bytes = kv->page_total, .handle = node } };
     memcpy(j->salt, kv->roots[n->root].salt, KV_SALT_BYTES);
     n->busy++;
-    tree_pin(kv, node);
+    tree_use(kv, node);
 }
 
 static void job_snap(struct kv *kv, struct kv_job *j, int op, int32_t snap, int32_t host)
@@ -149,9 +150,9 @@ static void job_snap(struct kv *kv, struct kv_job *j, int op, int32_t snap, int3
     *j = (struct kv_job){ .op = (uint8_t)op, .host = host, .data = host_state_ptr(kv, host),
                           .o = { .kind = KV_DISK_STATE, .start = s->pos, .bytes = kv->state_total, .handle = snap } };
     s->busy++;
-    s->pins++;
+    s->users++;
     snap_update(kv, snap);
-    tree_pin(kv, s->node);
+    tree_use(kv, s->node);
 }
 
 static void submit(struct kv_mover *m, const struct kv_job *j)
@@ -212,6 +213,42 @@ static void write_store(struct kv *kv)
     }
 }
 
+/* Says what holds now: marks may be handled in any order, and more than once. */
+static void tell_pinned(struct kv *kv, int32_t mark)
+{
+    uint64_t id = mark >= 0 ? kv->nodes[mark].disk : kv->snaps[~mark].disk;
+    bool pinned = (mark >= 0 ? kv->nodes[mark].pinned : kv->snaps[~mark].pinned) > 0;
+    struct kv_job j = { .op = JOB_PIN, .o = { .id = id, .parent = 1 }, .pinned = pinned };
+    if (id != 0)
+        submit(&kv->slow->disk, &j);
+}
+
+static void mark_pinned(struct kv *kv, int32_t mark)
+{
+    struct kv_slow *sl = kv->slow;
+    if (sl->n_marks == sl->cap_marks) {
+        uint32_t cap = sl->cap_marks ? sl->cap_marks * 2 : 1024;
+        int32_t *more = realloc(sl->marks, cap * sizeof *more);
+        if (more == NULL)
+            return;                 /* its segment goes in its turn */
+        sl->marks = more;
+        sl->cap_marks = cap;
+    }
+    sl->marks[sl->n_marks++] = mark;
+}
+
+void slow_pinned_node(struct kv *kv, int32_t i)
+{
+    if (kv->slow != NULL && kv->slow->disk.disk != NULL && kv->nodes[i].disk != 0)
+        mark_pinned(kv, i);
+}
+
+void slow_pinned_snap(struct kv *kv, int32_t i)
+{
+    if (kv->slow != NULL && kv->slow->disk.disk != NULL && kv->snaps[i].disk != 0)
+        mark_pinned(kv, ~i);
+}
+
 void slow_write(struct kv *kv)
 {
     struct kv_slow *sl = kv->slow;
@@ -220,6 +257,8 @@ void slow_write(struct kv *kv)
             struct kv_job j = { .op = JOB_DEL, .o = { .id = sl->dels[--sl->n_dels], .parent = 1 } };
             submit(&sl->disk, &j);
         }
+        while (sl->n_marks > 0 && sl->disk.in_flight < MAX_QUEUED)
+            tell_pinned(kv, sl->marks[--sl->n_marks]);
         write_disk(kv);
     }
     if (sl->store.store != NULL && (kv->store_heap.n > 0 || kv->snap_store_heap.n > 0) && store_open(kv))
@@ -241,9 +280,25 @@ static void forget_id(struct kv *kv, uint64_t id)
     sl->dels[sl->n_dels++] = id;
 }
 
+void slow_orphan_snaps(struct kv *kv, int32_t node)
+{
+    for (int32_t i = kv->nodes[node].snaps, next; i >= 0; i = next) {
+        struct kv_snap *s = &kv->snaps[i];
+        next = s->next;
+        if (s->disk == 0 && s->disk_new == 0)
+            continue;
+        s->disk = s->disk_new = 0;
+        if (s->dev < 0 && !snap_elsewhere(s) && s->users == 0)
+            snap_drop(kv, i);
+        else
+            snap_update(kv, i);
+    }
+}
+
 void slow_forget_node(struct kv *kv, int32_t i)
 {
     struct kv_node *n = &kv->nodes[i];
+    slow_orphan_snaps(kv, i);
     forget_id(kv, n->disk);
     n->disk = n->disk_new = 0;          /* one being written is dropped when it comes back under an id nobody has */
     n->store = n->store_new = 0;
@@ -383,7 +438,7 @@ int slow_ask(struct kv *kv, int root, const int32_t *tokens, uint32_t n, const s
     struct kv_slow *sl = kv->slow;
     if (sl->store.store == NULL || m->pos + CADENCE >= n || kv->host_pages.n == 0 || !store_open(kv))
         return 0;
-    uint64_t hash = kv_hash64((uint64_t)root * 31 + 7, tokens, (size_t)n * 4);
+    uint64_t hash = kv_hash64(kv->nodes[kv->roots[root].node].hash, tokens, (size_t)n * 4);
     int64_t now = clock_mono_us();
     for (uint32_t i = 0; i < PROBES; i++)
         if (sl->asked[i].hash == hash && sl->asked[i].until_us > now)
@@ -405,6 +460,7 @@ int slow_ask(struct kv *kv, int root, const int32_t *tokens, uint32_t n, const s
         return 0;
     }
     memcpy(copy, tokens, (size_t)n * 4);
+    tree_use(kv, kv->roots[root].node);         /* the answer is for this salt, whoever comes meanwhile */
     submit(&sl->store, &j);
     return -EINPROGRESS;
 }
@@ -418,8 +474,6 @@ static void probe_enter(struct kv *kv, const struct kv_probe *p, const int32_t *
     if (kv->has_state)
         while (pages > 0 && !p->present[p->n_pages + pages - 1])
             pages--;
-    if (kv->roots[p->root].node < 0)
-        return;
     int32_t at = known_until(kv, p->root, tokens, n, &depth);
     for (uint32_t i = (depth - p->first) / kv->pt; depth >= p->first && i < pages; i++) {
         int32_t node = tree_enter(kv, at, tokens + p->first + i * kv->pt, kv->pt);
@@ -450,7 +504,7 @@ static void drop_if_lost(struct kv *kv, uint32_t kind, int32_t i)
             tree_remove(kv, i);
     } else {
         const struct kv_snap *s = &kv->snaps[i];
-        if (s->node >= 0 && s->dev < 0 && !snap_elsewhere(s) && s->pins == 0)
+        if (s->node >= 0 && s->dev < 0 && !snap_elsewhere(s) && s->users == 0)
             snap_drop(kv, i);
     }
 }
@@ -463,11 +517,11 @@ static void disk_lost(struct kv *kv, const struct kv_job *j)
     if (j->o.kind == KV_DISK_PAGE && (uint32_t)i < kv->nodes_used && kv->nodes[i].disk == j->o.id) {
         kv->nodes[i].disk = 0;
         kv->nodes[i].no_disk = 1;       /* or memory and disk would play ball with it */
-        slow_update_node(kv, i);
+        move_update_node(kv, i);
     } else if (j->o.kind == KV_DISK_STATE && (uint32_t)i < kv->snaps_used && kv->snaps[i].disk == j->o.id) {
         kv->snaps[i].disk = 0;
         kv->snaps[i].no_disk = 1;
-        slow_update_snap(kv, i);
+        move_update_snap(kv, i);
     } else {
         return;
     }
@@ -482,6 +536,8 @@ static void put_node_done(struct kv *kv, const struct kv_job *j, bool disk)
         n->disk_new = 0;
         n->disk = j->result == 0 ? j->o.id : 0;
         n->no_disk = j->result < 0;
+        if (n->pinned > 0)
+            slow_pinned_node(kv, j->o.handle);
     } else if (disk && j->result == 0) {
         forget_id(kv, j->o.id);
     } else if (!disk && n->store_new) {
@@ -490,7 +546,7 @@ static void put_node_done(struct kv *kv, const struct kv_job *j, bool disk)
         n->no_store = j->result < 0;
     }
     page_unref(&kv->host_pages, j->host);
-    tree_unpin(kv, j->o.handle);
+    tree_unuse(kv, j->o.handle);
     if (j->result < 0)
         update_below(kv, j->o.handle);
 }
@@ -499,11 +555,13 @@ static void put_snap_done(struct kv *kv, const struct kv_job *j, bool disk)
 {
     struct kv_snap *s = &kv->snaps[j->o.handle];
     s->busy--;
-    s->pins--;
+    s->users--;
     if (disk && s->disk_new == j->o.id) {
         s->disk_new = 0;
         s->disk = j->result == 0 ? j->o.id : 0;
         s->no_disk = j->result < 0;
+        if (s->pinned > 0)
+            slow_pinned_snap(kv, j->o.handle);
     } else if (!disk && s->store_new) {
         s->store_new = 0;
         s->store = j->result == 0;
@@ -511,7 +569,7 @@ static void put_snap_done(struct kv *kv, const struct kv_job *j, bool disk)
     }
     page_unref(&kv->host_states, j->host);
     snap_update(kv, j->o.handle);
-    tree_unpin(kv, s->node);
+    tree_unuse(kv, s->node);
 }
 
 static void get_node_done(struct kv *kv, const struct kv_job *j, bool disk)
@@ -528,14 +586,14 @@ static void get_node_done(struct kv *kv, const struct kv_job *j, bool disk)
         if (j->result < 0 && !disk)
             n->store = 0;
     }
-    tree_unpin(kv, j->o.handle);
+    tree_unuse(kv, j->o.handle);
 }
 
 static void get_snap_done(struct kv *kv, const struct kv_job *j, bool disk)
 {
     struct kv_snap *s = &kv->snaps[j->o.handle];
     s->busy--;
-    s->pins--;
+    s->users--;
     if (j->result == 0 && s->host < 0) {
         s->origin = disk ? TIER_DISK : TIER_STORE;
         s->host = j->host;
@@ -547,7 +605,7 @@ static void get_snap_done(struct kv *kv, const struct kv_job *j, bool disk)
             s->store = 0;
     }
     snap_update(kv, j->o.handle);
-    tree_unpin(kv, s->node);
+    tree_unuse(kv, s->node);
 }
 
 static void probe_done(struct kv *kv, struct kv_job *j)
@@ -558,6 +616,7 @@ static void probe_done(struct kv *kv, struct kv_job *j)
             sl->asked[i].pending = false;
     if (j->result == 0)
         probe_enter(kv, j->probe, j->data, j->o.n_tokens);
+    tree_unuse(kv, kv->roots[j->probe->root].node);
     probe_free(j->probe);
     free(j->data);
 }
@@ -595,7 +654,7 @@ static void job_done(struct kv *kv, struct kv_job *j, bool disk)
         disk_lost(kv, j);
         return;
     }
-    if (j->op == JOB_DEL)
+    if (j->op == JOB_DEL || j->op == JOB_PIN)
         return;
     account(kv, j, disk);
     if (j->op == JOB_PROBE)
@@ -635,7 +694,7 @@ bool slow_idle(const struct kv *kv)
 {
     const struct kv_slow *sl = kv->slow;
     bool disk = sl->disk.disk == NULL
-                || (sl->disk.in_flight == 0 && sl->n_dels == 0 && kv->disk_heap.n == 0 && kv->snap_disk_heap.n == 0);
+                || (sl->disk.in_flight == 0 && sl->n_dels == 0 && sl->n_marks == 0 && kv->disk_heap.n == 0 && kv->snap_disk_heap.n == 0);
     bool shut = sl->store.store == NULL || !store_open(kv);
     return disk && (sl->store.store == NULL || (sl->store.in_flight == 0
                     && (shut || (kv->store_heap.n == 0 && kv->snap_store_heap.n == 0))));
@@ -653,6 +712,7 @@ void slow_stats(const struct kv *kv, struct kv_stats *st)
 
 struct load { struct kv *kv; uint64_t *ids; int32_t *nodes; uint32_t n, cap; };
 
+/* The node of an object, -1 when it has none: none was made, or it lost its place to a later one. */
 static int32_t load_find(const struct load *l, uint64_t id)
 {
     uint32_t lo = 0, hi = l->n;
@@ -663,7 +723,7 @@ static int32_t load_find(const struct load *l, uint64_t id)
         else
             hi = mid;
     }
-    return lo < l->n && l->ids[lo] == id ? l->nodes[lo] : -1;
+    return lo < l->n && l->ids[lo] == id && l->kv->nodes[l->nodes[lo]].disk == id ? l->nodes[lo] : -1;
 }
 
 static void load_page(struct load *l, struct kv_disk_object *o)
@@ -786,6 +846,7 @@ void slow_fini(struct kv *kv)
     kv_heap_fini(&kv->snap_disk_heap);
     kv_heap_fini(&kv->snap_store_heap);
     free(sl->dels);
+    free(sl->marks);
     free(sl->keys);
     free(sl);
     kv->slow = NULL;

@@ -21,8 +21,8 @@ void snap_copy(struct kv *kv, struct arle_stream *st, int32_t record, int32_t sl
 void snap_update(struct kv *kv, int32_t i)
 {
     struct kv_snap *s = &kv->snaps[i];
-    if (s->node >= 0 && s->dev >= 0 && s->pins == 0)
-        kv_heap_put(&kv->snap_heap, i, s->prio);
+    if (s->node >= 0 && s->dev >= 0 && s->users == 0)
+        kv_heap_put(&kv->snap_heap, i, s->prio + (s->pinned > 0 ? KV_LATE : 0));
     else
         kv_heap_remove(&kv->snap_heap, i);
     move_update_snap(kv, i);
@@ -53,7 +53,9 @@ void snap_drop(struct kv *kv, int32_t i)
 {
     struct kv_snap *s = &kv->snaps[i];
     struct kv_node *n = &kv->nodes[s->node];
-    KV_CHECK(s->pins == 0);
+    KV_CHECK(s->users == 0);
+    if (s->pinned > 0)
+        pin_snap_lost(kv, i);
     uint64_t hash = snap_hash(kv, s);
     kv->ghosts[hash % KV_GHOSTS] = hash;
     int32_t *at = &n->snaps, node = s->node;
@@ -71,11 +73,12 @@ void snap_drop(struct kv *kv, int32_t i)
         tree_update(kv, node);
 }
 
-/* Takes the least worth record off the device; its snapshot lives on if a lower tier has it. */
+/* Takes the least worth record off the device; its snapshot lives on if a lower tier has it. Only new entries and promotions
+ * ask for records, and neither is worth a pinned one. */
 static bool evict_one(struct kv *kv)
 {
     int32_t i = kv_heap_min(&kv->snap_heap);
-    if (i < 0)
+    if (i < 0 || kv->snaps[i].pinned > 0)
         return false;
     if (kv->snap_heap.key[i] > kv->snap_age)
         kv->snap_age = kv->snap_heap.key[i];
@@ -97,6 +100,19 @@ int32_t snap_record_get(struct kv *kv)
     return page_alloc(&kv->snap_pool);
 }
 
+/* One that has to make place for a new one: first one that only slow tiers have, else the least on the device. -1: none. */
+static int32_t snap_victim(struct kv *kv)
+{
+    for (uint32_t i = 0; i < kv->n_snaps && i < 4096; i++) {
+        kv->snap_clock = (kv->snap_clock + 1) % kv->n_snaps;
+        const struct kv_snap *s = &kv->snaps[kv->snap_clock];
+        if (s->node >= 0 && s->dev < 0 && s->host < 0 && s->users == 0 && s->pinned == 0)
+            return (int32_t)kv->snap_clock;
+    }
+    int32_t i = kv_heap_min(&kv->snap_heap);
+    return i >= 0 && kv->snaps[i].pinned == 0 ? i : -1;
+}
+
 int32_t snap_new(struct kv *kv, int32_t node, uint32_t pos, uint32_t cost)
 {
     int32_t i = kv->snap_free;
@@ -104,7 +120,7 @@ int32_t snap_new(struct kv *kv, int32_t node, uint32_t pos, uint32_t cost)
         kv->snap_free = kv->snaps[i].next;
     else if (kv->snaps_used < kv->n_snaps)
         i = (int32_t)kv->snaps_used++;
-    else if ((i = kv_heap_min(&kv->snap_heap)) >= 0) {
+    else if ((i = snap_victim(kv)) >= 0) {
         snap_drop(kv, i);
         kv->snap_free = kv->snaps[i].next;
     }
@@ -146,7 +162,7 @@ bool tree_snapshot(struct kv_seq *s, uint32_t pos)
         snap_touch(kv, i);
         return true;
     }
-    tree_pin(kv, node);                 /* making room must not take the ground from under it */
+    tree_use(kv, node);                 /* making room must not take the ground from under it */
     int32_t rec = snap_record_get(kv);
     if (rec >= 0 && (i = snap_find(kv, node, pos)) < 0 && (i = snap_new(kv, node, pos, pos - s->last_snap)) < 0)
         page_unref(&kv->snap_pool, rec);
@@ -157,6 +173,6 @@ bool tree_snapshot(struct kv_seq *s, uint32_t pos)
         kv->st.snapshots_taken++;
         snap_touch(kv, i);
     }
-    tree_unpin(kv, node);
+    tree_unuse(kv, node);
     return rec >= 0 && i >= 0;
 }

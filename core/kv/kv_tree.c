@@ -64,16 +64,29 @@ static struct kv_tenant *tenant_of(const struct kv *kv, const struct kv_node *n)
     return &kv->tenants[kv->roots[n->root].tenant];
 }
 
-/* A leaf nobody uses, looked for from where the last search ended; those that hold no device page first. */
+/* Nobody uses it, and so nothing below it either. */
+static bool node_idle(const struct kv_node *n)
+{
+    return n->parent >= 0 && n->users == 0 && n->pinned == 0;
+}
+
+/*
+ * A leaf nobody uses, looked for from where the last search ended: those that hold no device page first, then others, and where
+ * many pages of one long path lie side by side, the end of that path.
+ */
 static int32_t node_victim(struct kv *kv)
 {
-    for (int pass = 0; pass < 2; pass++)
+    for (int pass = 0; pass < 3; pass++)
         for (uint32_t i = 0; i < kv->nodes_used && i < 4096; i++) {
             kv->clock = (kv->clock + 1) % kv->nodes_used;
-            const struct kv_node *n = &kv->nodes[kv->clock];
-            if (n->parent >= 0 && n->users == 0 && n->kids == 0 && (pass > 0 || n->page < 0)
-                && (n->page < 0 || kv->pages.refs[n->page] == 1))
-                return (int32_t)kv->clock;
+            int32_t at = (int32_t)kv->clock;
+            if (!node_idle(&kv->nodes[at]) || (pass < 2 && kv->nodes[at].kids > 0))
+                continue;
+            while (kv->nodes[at].child >= 0)
+                at = kv->nodes[at].child;
+            if (kv->nodes[at].page < 0 || (pass > 0 && kv->pages.refs[kv->nodes[at].page] == 1))
+                return at;
+            i += pass < 2 ? 0 : 511;        /* paths are long: a few are enough */
         }
     return -1;
 }
@@ -203,20 +216,25 @@ void tree_update(struct kv *kv, int32_t i)
 {
     struct kv_node *n = &kv->nodes[i];
     bool can = n->parent >= 0 && n->page >= 0 && n->users == 0 && n->dev_kids == 0 && kv->pages.refs[n->page] == 1;
-    bool in = kv_heap_has(&kv->dev_heap, i);
+    bool list = can && n->pinned == 0;
     uint8_t idle = n->parent >= 0 && n->page >= 0 && n->users == 0 && kv->pages.refs[n->page] == 1;
+    uint8_t idle_pinned = idle && n->pinned > 0;
     kv->idle_pages += idle - n->idle;
+    kv->idle_pinned += idle_pinned - n->idle_pinned;
     n->idle = idle;
+    n->idle_pinned = idle_pinned;
     if (can) {
         /* A tail that no snapshot makes usable is worth nothing more than the place it takes. */
         bool barren = kv->has_state && n->kids == 0 && n->snaps < 0;
-        kv_heap_put(&kv->dev_heap, i, barren && n->prio > kv->dev_age ? kv->dev_age : n->prio);
-        if (!in)
-            tenant_list_add(kv, i);
-    } else if (in) {
+        kv_heap_put(&kv->dev_heap, i, (barren && n->prio > kv->dev_age ? kv->dev_age : n->prio) + (n->pinned > 0 ? KV_LATE : 0));
+    } else {
         kv_heap_remove(&kv->dev_heap, i);
-        tenant_list_remove(kv, i);
     }
+    if (list && !n->listed)
+        tenant_list_add(kv, i);
+    else if (!list && n->listed)
+        tenant_list_remove(kv, i);
+    n->listed = list;
     move_update_node(kv, i);
 }
 
@@ -259,6 +277,8 @@ static void leaf_remove(struct kv *kv, int32_t i)
     KV_CHECK(n->users == 0 && n->kids == 0);
     while (n->snaps >= 0)
         snap_drop(kv, n->snaps);
+    if (n->pinned > 0)
+        pin_node_lost(kv, i);
     page_release(kv, i);
     move_forget_node(kv, i);
     kv->ghosts[n->hash % KV_GHOSTS] = n->hash;
@@ -293,15 +313,21 @@ void tree_drop_page(struct kv *kv, int32_t i)
         tree_remove(kv, i);
 }
 
-bool tree_make_room(struct kv *kv, uint32_t want)
+bool tree_make_room(struct kv *kv, uint32_t want, bool pins)
 {
+    if (kv->pages.n_free + kv->idle_pages - (pins ? 0 : kv->idle_pinned) < want)
+        return false;
     while (kv->pages.n_free < want) {
         int32_t i = kv_heap_min(&kv->dev_heap);
-        if (i < 0)
+        bool pinned = i >= 0 && kv->nodes[i].pinned > 0;
+        if (i < 0 || (pinned && !pins))
             return false;
-        if (kv->dev_heap.key[i] > kv->dev_age)
+        if (!pinned && kv->dev_heap.key[i] > kv->dev_age)
             kv->dev_age = kv->dev_heap.key[i];
+        uint32_t before = kv->pinned_nodes;
         tree_drop_page(kv, i);
+        if (pinned)         /* where there is no other copy, the pages before it are of no use any more and not pinned either */
+            kv->st.pins_yielded += before > kv->pinned_nodes ? before - kv->pinned_nodes : 1;
     }
     return true;
 }
@@ -312,14 +338,14 @@ void tree_page_released(struct kv *kv, int32_t page)
         tree_update(kv, kv->page_node[page]);
 }
 
-void tree_pin(struct kv *kv, int32_t i)
+void tree_use(struct kv *kv, int32_t i)
 {
     for (; i >= 0; i = kv->nodes[i].parent)
         if (kv->nodes[i].users++ == 0)
             tree_update(kv, i);
 }
 
-void tree_unpin(struct kv *kv, int32_t i)
+void tree_unuse(struct kv *kv, int32_t i)
 {
     for (; i >= 0; i = kv->nodes[i].parent) {
         struct kv_node *n = &kv->nodes[i];
@@ -500,6 +526,7 @@ int32_t tree_walk(const struct kv *kv, int root, const int32_t *tokens, uint32_t
 /* Moves the snapshots of `from`, whose tokens are a prefix of those of `to`, there, and drops `from`. */
 static void merge(struct kv *kv, int32_t from, int32_t to)
 {
+    slow_orphan_snaps(kv, from);
     while (kv->nodes[from].snaps >= 0) {
         int32_t s = kv->nodes[from].snaps;
         kv->nodes[from].snaps = kv->snaps[s].next;
@@ -507,6 +534,8 @@ static void merge(struct kv *kv, int32_t from, int32_t to)
         kv->snaps[s].next = kv->nodes[to].snaps;
         kv->nodes[to].snaps = s;
     }
+    if (kv->nodes[from].pinned > 0)
+        pin_node_merged(kv, from, to);
     tree_remove(kv, from);
 }
 
@@ -528,7 +557,7 @@ static int32_t child_for(struct kv_seq *s, uint32_t start, uint32_t len)
     }
     uint64_t hash = tree_path_hash(kv->nodes[s->cursor].hash, tokens, len);
     if (mine < 0) {
-        /* A page can back one node only; it backs another one when that node was pinned while it should have grown. */
+        /* A page can back one node only; it backs another one when that node was in use while it should have grown. */
         mine = kv->page_node[page] < 0 ? node_alloc(kv) : -1;
         if (mine < 0)
             return -1;
@@ -565,9 +594,9 @@ int32_t tree_enter(struct kv *kv, int32_t parent, const int32_t *tokens, uint32_
     int32_t i = n == kv->pt ? full_child(kv, parent, hash, tokens) : -1;
     if (i >= 0)
         return i;
-    tree_pin(kv, parent);
+    tree_use(kv, parent);
     i = node_alloc(kv);
-    tree_unpin(kv, parent);
+    tree_unuse(kv, parent);
     if (i < 0)
         return -1;
     struct kv_node *k = &kv->nodes[i];
@@ -610,8 +639,10 @@ void tree_share(struct kv_seq *s)
     struct kv *kv = s->kv;
     for (int32_t i = s->cursor; i >= 0 && kv->nodes[i].fill == kv->pt; i = kv->nodes[i].parent) {
         int32_t page = s->pages[kv->nodes[i].start / kv->pt], tail = kv->page_node[page];
-        if (tail >= 0 && tail != i && kv->nodes[tail].users == 0 && kv->nodes[tail].kids == 0)
+        if (tail >= 0 && tail != i && kv->nodes[tail].users == 0 && kv->nodes[tail].kids == 0) {
+            kv->st.pins_yielded += kv->nodes[tail].pinned > 0;
             tree_remove(kv, tail);      /* a remembered tail is worth less than a sequence that cannot go on */
+        }
         share_own(kv, i, page);
     }
 }

@@ -96,6 +96,7 @@ struct engine_config {
     uint64_t kv_bytes;                      /* device memory for pages and slots, 0 = a share of what is free */
     uint64_t kv_snapshot_bytes, kv_host_bytes, kv_disk_bytes;
     uint32_t kv_snapshot_cadence;
+    uint32_t kv_pin_pct;                    /* share of pages and of snapshot records that pins may hold; 0 = 50 */
     const char *kv_disk_dir, *kv_dtype, *compute;
     const char *secret_file;
     bool prefix_cache, random_weights, drafts, parity;
@@ -134,6 +135,22 @@ const char *engine_compute(const struct engine *e);      /* "f32" or "bf16" */
 int engine_cancel(struct engine *e, uint64_t id);
 /** Has the engine thread drop what no sequence uses from the local tiers, and waits for it. -ETIMEDOUT, -ENOMEM. Not in manual mode. */
 int engine_kv_flush(struct engine *e, int64_t deadline_ms);
+
+/* A prompt to pin or to let go, as in request_args. */
+enum pin_what { PIN_TAKE = 1, PIN_RELEASE, PIN_RELEASE_ALL };
+struct pin_args {
+    enum pin_what what;             /* with PIN_RELEASE_ALL the rest is unused */
+    const int32_t *tokens; uint32_t n_tokens;
+    const uint32_t *marks; uint32_t n_marks;        /* PIN_TAKE only */
+    const char *tenant, *cache_salt;
+};
+struct kv_pinned;
+/**
+ * Has the engine thread pin what is remembered of a prompt (kv_pin), or end its pin or all of them, and waits for it. Computes
+ * nothing. Errors of kv_pin and kv_unpin; -ETIMEDOUT: nothing was done and nothing will be; -ENOMEM; -ESHUTDOWN: the engine closes.
+ * Any thread but the engine's; not in manual mode.
+ */
+int engine_kv_pin(struct engine *e, const struct pin_args *args, struct kv_pinned *out, int64_t deadline_ms, struct arle_err *err);
 /** Manual mode: one turn of the loop, at most one step. 1: something was done, 0: idle, -EIO: dead. */
 int engine_turn(struct engine *e);
 

@@ -374,7 +374,7 @@ static int open_kv(struct engine *e, const char *config_json, size_t config_len,
         .prefix_cache = e->cfg.prefix_cache, .snapshot_bytes = e->cfg.kv_snapshot_bytes,
         .snapshot_cadence = e->cfg.kv_snapshot_cadence, .host_bytes = e->cfg.kv_host_bytes, .disk_dir = e->cfg.kv_disk_dir,
         .disk_bytes = e->cfg.kv_disk_bytes, .store = e->cfg.store, .store_ctx = e->cfg.store_ctx, .identity = identity,
-        .snapshot_align = SCHED_ALIGN,
+        .snapshot_align = SCHED_ALIGN, .pin_pct = e->cfg.kv_pin_pct,
     };
     int r = read_secret(e->cfg.secret_file, kc.secret, err);
     if (r == 0)
@@ -492,6 +492,7 @@ void engine_close(struct engine *e)
     if (e == NULL)
         return;
     engine_halt(e);
+    queue_notes_free(e);
     if (e->stream != NULL) {
         struct arle_err ignored = ARLE_ERR_INIT;
         e->mem->stream_sync(e->dev, e->stream, &ignored);

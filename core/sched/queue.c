@@ -269,6 +269,56 @@ static void cancel_by_id(struct engine *e, uint64_t id)
             atomic_store(&e->run[i]->rq->cancel, 1);
 }
 
+/* ---- notes ---- */
+
+static void order_unref(struct pin_order *o)
+{
+    if (atomic_fetch_sub(&o->refs, 1) == 1)
+        free(o);
+}
+
+static void order_run(struct engine *e, struct pin_order *o, bool closing)
+{
+    uint32_t asked = PIN_ASKED;
+    if (!atomic_compare_exchange_strong(&o->state, &asked, PIN_BUSY)) {
+        order_unref(o);
+        return;
+    }
+    if (closing)
+        o->result = arle_err_set(&o->err, -ESHUTDOWN, "the engine is closing");
+    else if (o->what == PIN_TAKE)
+        o->result = kv_pin(e->kv, o->salt, o->tokens, o->n_tokens, o->marks, o->n_marks, &o->out, &o->err);
+    else if (o->what == PIN_RELEASE)
+        o->result = kv_unpin(e->kv, o->salt, o->tokens, o->n_tokens, &o->out, &o->err);
+    else
+        kv_unpin_all(e->kv);
+    atomic_store_explicit(&o->state, PIN_DONE, memory_order_release);
+    order_unref(o);
+}
+
+static void heed_note(struct engine *e, struct note *note)
+{
+    if (note->pin != NULL) {
+        order_run(e, note->pin, false);
+    } else if (note->flush) {
+        kv_flush(e->kv);
+        atomic_fetch_add(&e->flushes, 1);
+    } else {
+        cancel_by_id(e, note->cancel_id);
+    }
+    free(note);
+}
+
+void queue_notes_free(struct engine *e)
+{
+    for (struct note *note = atomic_exchange(&e->notes, NULL), *next; note != NULL; note = next) {
+        next = note->next;
+        if (note->pin != NULL)
+            order_run(e, note->pin, true);
+        free(note);
+    }
+}
+
 bool queue_intake(struct engine *e)
 {
     int64_t now = engine_now(e);
@@ -279,13 +329,7 @@ bool queue_intake(struct engine *e)
         struct note *note = atomic_exchange_explicit(&e->notes, NULL, memory_order_acquire);
         while (note != NULL) {
             struct note *next = note->next;
-            if (note->flush) {
-                kv_flush(e->kv);
-                atomic_fetch_add(&e->flushes, 1);
-            } else {
-                cancel_by_id(e, note->cancel_id);
-            }
-            free(note);
+            heed_note(e, note);
             note = next;
         }
         atomic_store(&e->attention, 1);
@@ -304,13 +348,12 @@ bool queue_intake(struct engine *e)
     return any;
 }
 
-static int post_note(struct engine *e, uint64_t cancel_id, bool flush)
+static int post_note(struct engine *e, const struct note *what)
 {
     struct note *note = malloc(sizeof *note);
     if (note == NULL)
         return -ENOMEM;
-    note->cancel_id = cancel_id;
-    note->flush = flush;
+    *note = *what;
     note->next = atomic_load_explicit(&e->notes, memory_order_relaxed);
     while (!atomic_compare_exchange_weak_explicit(&e->notes, &note->next, note, memory_order_release, memory_order_relaxed))
         ;
@@ -320,18 +363,64 @@ static int post_note(struct engine *e, uint64_t cancel_id, bool flush)
 
 int engine_cancel(struct engine *e, uint64_t id)
 {
-    return post_note(e, id, false);
+    return post_note(e, &(struct note){ .cancel_id = id });
 }
 
 int engine_kv_flush(struct engine *e, int64_t deadline_ms)
 {
     uint64_t was = atomic_load(&e->flushes);
     int64_t end = clock_mono_ms() + deadline_ms;
-    int r = post_note(e, 0, true);
+    int r = post_note(e, &(struct note){ .flush = true });
     while (r == 0 && atomic_load(&e->flushes) == was) {
         if (clock_mono_ms() > end)
             return -ETIMEDOUT;
         nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
     }
+    return r;
+}
+
+static struct pin_order *order_new(const struct engine *e, const struct pin_args *a)
+{
+    uint32_t n = a->what == PIN_RELEASE_ALL ? 0 : a->n_tokens, n_marks = a->what == PIN_TAKE ? a->n_marks : 0;
+    struct pin_order *o = calloc(1, sizeof *o + ((size_t)n + n_marks) * sizeof(int32_t));
+    if (o == NULL)
+        return NULL;
+    atomic_init(&o->refs, 2);
+    o->what = a->what;
+    o->err = (struct arle_err)ARLE_ERR_INIT;
+    o->n_tokens = n;
+    o->n_marks = n_marks;
+    o->tokens = (int32_t *)(o + 1);
+    o->marks = (uint32_t *)(o->tokens + n);
+    if (n > 0)
+        memcpy(o->tokens, a->tokens, n * sizeof *o->tokens);
+    if (n_marks > 0)
+        memcpy(o->marks, a->marks, n_marks * sizeof *o->marks);
+    kv_salt(e->kv, a->tenant ? a->tenant : "", a->cache_salt ? a->cache_salt : "", o->salt);
+    return o;
+}
+
+int engine_kv_pin(struct engine *e, const struct pin_args *a, struct kv_pinned *out, int64_t deadline_ms, struct arle_err *err)
+{
+    int64_t end = clock_mono_ms() + deadline_ms;
+    struct pin_order *o = order_new(e, a);
+    if (o == NULL || post_note(e, &(struct note){ .pin = o }) < 0) {
+        free(o);
+        return arle_err_set(err, -ENOMEM, "no memory for a pin");
+    }
+    uint32_t asked = PIN_ASKED;
+    while (atomic_load_explicit(&o->state, memory_order_acquire) != PIN_DONE) {
+        if (clock_mono_ms() > end && asked == PIN_ASKED && atomic_compare_exchange_strong(&o->state, &asked, PIN_GIVEN_UP)) {
+            order_unref(o);
+            return arle_err_set(err, -ETIMEDOUT, "the engine did not get to it in %lld ms", (long long)deadline_ms);
+        }
+        nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
+    }
+    int r = o->result;
+    if (r < 0)
+        *err = o->err;
+    else
+        *out = o->out;
+    order_unref(o);
     return r;
 }

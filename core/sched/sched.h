@@ -90,8 +90,22 @@ struct request {
     struct request_usage usage;
 };
 
+/* A pin that somebody waits for. Two sides hold it, and the one that lets go last frees it. */
+struct pin_order {
+    _Atomic uint32_t state;         /* enum pin_state; whoever moves it away from PIN_ASKED has decided */
+    _Atomic uint32_t refs;
+    enum pin_what what;
+    uint8_t salt[KV_SALT_BYTES];
+    uint32_t n_tokens, n_marks;
+    struct kv_pinned out;           /* these three: written before PIN_DONE (release), read after it (acquire) */
+    struct arle_err err;
+    int result;
+    int32_t *tokens; uint32_t *marks;       /* behind the struct */
+};
+enum pin_state { PIN_ASKED, PIN_BUSY, PIN_DONE, PIN_GIVEN_UP };
+
 /* Mail to the engine that is not a request. */
-struct note { struct note *next; uint64_t cancel_id; bool flush; };     /* flush: of the prefix cache; cancel_id is unused */
+struct note { struct note *next; uint64_t cancel_id; bool flush; struct pin_order *pin; };  /* one of the three; flush: the prefix cache */
 
 struct row { struct seq *seq; uint32_t pos; bool sample; };
 struct part { struct seq *seq; uint32_t from, n; };
@@ -229,6 +243,7 @@ struct seq *queue_best(struct engine *e, int64_t now);
 void queue_charge(struct engine *e, struct seq *sq, uint32_t tokens);
 void queue_leave_tenant(struct engine *e, struct seq *sq);      /* once per answer, when it ended */
 void queue_tenants_free(struct engine *e);
+void queue_notes_free(struct engine *e);                /* after the thread's end: mail that came too late */
 
 /* admit.c */
 void admit(struct engine *e);

@@ -215,7 +215,18 @@ def kv_commands():
             k = j("kv")[0]
             equal((k["pages_cached"], k["host_bytes"]), (0, 0), "nothing is kept after it")
             equal(cached(), 0, "a flushed prompt is computed again")
-            for bad in (("kv", "nonsense"), ("kv", "warm"), ("kv", "warm", "relative"), ("kv", "warm", folder + "/none")):
+            ok(j("kv", "pin", path)["pinned_tokens"] >= 128, "kv pin computes what is missing", ctl("kv", "pin", path))
+            equal((j("kv")[0]["pins"], s.metric("arle_kv_pins")), (1, 1), "kv stat and /metrics count it")
+            ok(json.loads(ctl("--json", "kv", "flush").stdout)["pinned_pages"] > 0, "a flush leaves it, and says so")
+            ok(cached() >= 128, "a pinned prompt hits after a flush")
+            ok(s.metric("arle_kv_pins_yielded_total") == 0, "pins_yielded is a metric")
+            equal(j("kv", "unpin", path)["pins"], 0, "kv unpin")
+            ok("not pinned" in ctl("kv", "unpin", path).stderr, "what is not pinned cannot be unpinned", ctl("kv", "unpin", path))
+            equal(j("kv", "pin", path, "someone")["pins"], 1, "kv pin for a tenant")
+            equal(ctl("kv", "unpin", "all").returncode, 0, "kv unpin all")
+            equal(j("kv")[0]["pinned_pages"], 0, "nothing is pinned after it")
+            for bad in (("kv", "pin"), ("kv", "pin", "relative"), ("kv", "unpin"), ("kv", "unpin", "some"), ("kv", "pin", folder + "/none"),
+                        ("kv", "nonsense"), ("kv", "warm"), ("kv", "warm", "relative"), ("kv", "warm", folder + "/none")):
                 ok(ctl(*bad).returncode == 1, "refused: " + " ".join(bad[:3])[:20], ctl(*bad))
             s.stop()
         said = sh("arle", "kv", "verify", tier)

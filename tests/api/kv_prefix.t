@@ -209,6 +209,48 @@ def tenants():
         ok(status == 200 and set(body["usage"]["prompt_tokens_details"]) == {"cached_tokens"}, "detail only on request", body["usage"])
 
 
-for fn in (without_cache, turns, system_prompt, from_device, from_host, from_disk, from_store, tenants):
+def pinned():
+    """A pinned prompt outlives a flood that takes everything else; once unpinned it goes too; a pin too large is refused."""
+    settings = {"scheduler.max_seqs": "2", "kv.device_bytes": "20MiB", "kv.snapshot_bytes": "32MiB"}
+    with Arled(settings=settings) as s:
+        ctl = lambda *a: subprocess.run([program("arlectl"), "--socket", s.control, "--json"] + list(a), capture_output=True, text=True)
+        prompt = lambda start: [{"role": "system", "content": start + SYSTEM}, {"role": "user", "content": QUESTIONS[0]}]
+        cached = lambda start: ask(s, prompt(start), max_tokens=2)[2]["cached_tokens"]
+        path = os.path.join(s.dir.name, "body.json")
+
+        def write(messages):
+            with open(path, "w") as f:
+                json.dump({"messages": messages}, f)
+
+        def flood():
+            for other in range(30):
+                ask(s, [{"role": "system", "content": chr(65 + other) + RULES}, {"role": "user", "content": "Hello"}], max_tokens=2)
+
+        write(prompt("kept "))
+        said = ctl("kv", "pin", path)
+        equal(said.returncode, 0, "pinned")
+        full = json.loads(said.stdout)["pinned_tokens"]
+        ok(full >= 128, "its whole prefix", said)
+        cached("control ")
+        equal((cached("kept "), cached("control ") > 0), (full, True), "both hit")
+        evicted = s.metric("arle_kv_pages_evicted_total")
+        flood()
+        ok(s.metric("arle_kv_pages_evicted_total") - evicted > s.metric("arle_kv_pages"), "the flood was larger than the pool")
+        equal(cached("control "), 0, "after the flood the other prompt is gone")
+        equal(cached("kept "), full, "and the pinned one hits in full")
+        other = ask(s, [{"role": "system", "content": "kept " + SYSTEM}, {"role": "user", "content": "Say goodbye."}], max_tokens=2)[2]
+        ok(other["cached_tokens"] > 0, "another question behind the pinned system prompt starts there", other)
+        equal(s.metric("arle_kv_pins_yielded_total"), 0, "without giving way")
+        equal(ctl("kv", "unpin", path).returncode, 0, "unpinned")
+        flood()
+        equal(cached("kept "), 0, "then it goes like the others")
+
+        write([{"role": "system", "content": RULES * 2}, {"role": "user", "content": "Hello"}])
+        said = ctl("kv", "pin", path)
+        ok(said.returncode == 1 and "kv.pin_pct" in said.stderr, "a pin beyond kv.pin_pct is refused and names the key", said)
+        equal(s.metric("arle_kv_pins"), 0, "and nothing is pinned")
+
+
+for fn in (without_cache, turns, system_prompt, from_device, from_host, from_disk, from_store, tenants, pinned):
     case(fn)
 done()

@@ -2,9 +2,10 @@
  * Replays scheduler scenarios: arrivals in, step plans and outcomes out, in virtual time, with a fake model whose every token
  * is checked. A scenario is a text file, tests/replay/scn/NAME.scn:
  *
- *   engine KEY=VALUE...          seqs tokens pages page queue context prefix host aging patience
+ *   engine KEY=VALUE...          seqs tokens pages page queue context prefix host aging patience pinpct
  *   req NAME KEY=VALUE...        at prompt new prio tenant deadline n seed stopat mark count temp penalty; count makes NAME0, NAME1, ..., `every` US apart
  *   cancel NAME at=US            also by id: cancelid NAME at=US;  end NAME at=US (request_stop of answer 0)
+ *   pin NAME at=US               what is remembered of its prompt; unpin NAME at=US
  *   expect NAME OUTCOME [new=N]  OUTCOME: length stop cancelled deadline error stopped refused
  *   order NAME NAME...           these requests ended in this order
  *   first NAME NAME...           ... got their first token in this order
@@ -38,7 +39,7 @@ struct scene {
     struct job job[MAX_REQ]; uint32_t n_jobs;
     struct act act[16]; uint32_t n_acts;
     char line[MAX_LINES][200]; uint32_t n_lines;
-    int64_t seqs, tokens, pages, page, queue, context, prefix, host, aging, patience;
+    int64_t seqs, tokens, pages, page, queue, context, prefix, host, aging, patience, pinpct;
 };
 
 static struct scene sc;
@@ -65,7 +66,7 @@ static void read_engine(char *save)
     for (char *w; (w = strtok_r(NULL, " ", &save)) != NULL;)
         if (!(key(w, "seqs", &sc.seqs) || key(w, "tokens", &sc.tokens) || key(w, "pages", &sc.pages) || key(w, "page", &sc.page) ||
               key(w, "queue", &sc.queue) || key(w, "context", &sc.context) || key(w, "prefix", &sc.prefix) ||
-              key(w, "host", &sc.host) || key(w, "aging", &sc.aging) || key(w, "patience", &sc.patience)))
+              key(w, "host", &sc.host) || key(w, "aging", &sc.aging) || key(w, "patience", &sc.patience) || key(w, "pinpct", &sc.pinpct)))
             BAD("unknown engine key %s", w);
 }
 
@@ -116,7 +117,8 @@ static void read_scene(const char *path)
             read_engine(save);
         else if (strcmp(w, "req") == 0)
             read_req(save);
-        else if ((strcmp(w, "cancel") == 0 || strcmp(w, "cancelid") == 0 || strcmp(w, "end") == 0) && sc.n_acts < 16) {
+        else if ((strcmp(w, "cancel") == 0 || strcmp(w, "cancelid") == 0 || strcmp(w, "end") == 0 || strcmp(w, "pin") == 0 ||
+                  strcmp(w, "unpin") == 0) && sc.n_acts < 16) {
             struct act *a = &sc.act[sc.n_acts++];
             snprintf(a->what, sizeof a->what, "%s", w);
             snprintf(a->name, sizeof a->name, "%s", strtok_r(NULL, " ", &save));
@@ -202,6 +204,19 @@ static void read_job(struct job *j)
     }
 }
 
+/* As the engine thread does when it is asked; nobody waits in virtual time. */
+static void pin_job(struct engine *e, const struct job *j, bool pin)
+{
+    struct arle_err err = ARLE_ERR_INIT;
+    struct kv_pinned p;
+    uint8_t salt[KV_SALT_BYTES];
+    kv_salt(e->kv, j->k.tenant, "", salt);
+    int r = pin ? kv_pin(e->kv, salt, j->tokens, (uint32_t)j->k.prompt, NULL, 0, &p, &err)
+                : kv_unpin(e->kv, salt, j->tokens, (uint32_t)j->k.prompt, &p, &err);
+    if (r < 0)
+        BAD("%s of %s: %s", pin ? "pin" : "unpin", j->name, err.msg);
+}
+
 static void do_acts(struct engine *e, int64_t now)
 {
     for (uint32_t i = 0; i < sc.n_acts; i++) {
@@ -214,8 +229,10 @@ static void do_acts(struct engine *e, int64_t now)
             request_cancel(j->rq);
         else if (strcmp(a->what, "cancelid") == 0)
             engine_cancel(e, request_id(j->rq));
-        else
+        else if (strcmp(a->what, "end") == 0)
             request_stop(j->rq, 0);
+        else
+            pin_job(e, j, a->what[0] == 'p');
     }
 }
 
@@ -314,12 +331,13 @@ static void check_order(char *save, bool first)
     }
 }
 
-static void check_stat(const struct engine_stats *st, char *save)
+static void check_stat(const struct engine_stats *st, const struct kv_stats *kv, char *save)
 {
     const struct { const char *name; uint64_t value; } fields[] = {
         { "steps", st->steps }, { "preempted", st->preempted }, { "resumed", st->resumed }, { "recomputed", st->recomputed_tokens },
         { "finished", st->finished }, { "cancelled", st->cancelled }, { "rejected", st->rejected }, { "errors", st->errors },
         { "prefill", st->prefill_tokens }, { "tokens", st->completion_tokens }, { "end_us", (uint64_t)fake_clock(&dev) }, { "gap_us", (uint64_t)st->longest_gap_us },
+        { "yielded", kv->pins_yielded }, { "pinned", kv->pinned_pages },
     };
     const char *name = strtok_r(NULL, " ", &save), *op = strtok_r(NULL, " ", &save);
     uint64_t want = strtoull(strtok_r(NULL, " ", &save), NULL, 10);
@@ -344,7 +362,7 @@ static void check_plan(char *save)
         BAD("step %u was \"%s\", expected \"%s\"", step, is, save);
 }
 
-static void judge(const struct engine_stats *st, bool plain)
+static void judge(const struct engine_stats *st, const struct kv_stats *kv, bool plain)
 {
     for (uint32_t i = 0; i < sc.n_lines; i++) {
         char buf[200], *save = NULL;
@@ -355,7 +373,7 @@ static void judge(const struct engine_stats *st, bool plain)
         else if (strcmp(w, "order") == 0 || strcmp(w, "first") == 0)
             check_order(save, w[0] == 'f');
         else if (strcmp(w, "stat") == 0)
-            check_stat(st, save);
+            check_stat(st, kv, save);
         else if (strcmp(w, "plan") == 0) {
             if (plain)
                 check_plan(save);
@@ -384,6 +402,7 @@ static void play(const char *path, bool async, bool ahead)
     struct arle_err err = ARLE_ERR_INIT;
     struct engine *e = NULL;
     struct engine_stats st;
+    struct kv_stats kv;
     read_scene(path);
     fake_init(&dev);
     n_trace = n_ended = n_firsts = 0;
@@ -398,6 +417,7 @@ static void play(const char *path, bool async, bool ahead)
     c.prefix_cache = sc.prefix != 0;
     c.kv_snapshot_bytes = sc.prefix ? 4096 : 0;
     c.kv_host_bytes = (uint64_t)sc.host;
+    c.kv_pin_pct = (uint32_t)sc.pinpct;
     c.aging_ms = sc.aging;
     c.run_ahead = ahead;
     c.queue_deadline_ms = sc.patience;
@@ -407,9 +427,11 @@ static void play(const char *path, bool async, bool ahead)
         return;
     }
     drive(e);
+    kv_step_end(e->kv);
+    engine_kv_stat(e, &kv);
     check_nothing_leaked(e);
     engine_stat(e, &st);
-    judge(&st, !async);
+    judge(&st, &kv, !async);
     if (getenv("SCN_TRACE") != NULL)
         printf("# steps=%llu preempted=%llu resumed=%llu recomputed=%llu prefill=%llu end_us=%lld gap_us=%lld\n", (unsigned long long)st.steps,
                (unsigned long long)st.preempted, (unsigned long long)st.resumed, (unsigned long long)st.recomputed_tokens,

@@ -8,7 +8,9 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -192,6 +194,36 @@ static void budget_holds_and_little_is_written_twice(void)
     d = open_it(BUDGET / 2, "model A");         /* a smaller budget after a restart */
     REQUIRE(d != NULL);
     EXPECT(dir_bytes() <= BUDGET / 2);
+    kv_disk_close(d);
+}
+
+/* Many times the budget passes by: what is pinned is still there, what was written beside it is not. */
+static void pinned_objects_go_last(void)
+{
+    enum { BUDGET = 6 << 20 };
+    clear_dir();
+    struct kv_disk *d = open_it(BUDGET, "model A");
+    REQUIRE(d != NULL);
+    uint64_t user = 0, id;
+    for (id = 1; user < 10ull * BUDGET; id++) {
+        EXPECT_EQ(put(d, id, id >= 2 && id <= 4 ? id - 1 : 0), 0);
+        kv_disk_pin(d, id, id <= 4);
+        user += size_of(id);
+    }
+    for (uint64_t i = 1; i <= 4; i++)
+        EXPECT_EQ(check(d, i), 0);
+    EXPECT_EQ(check(d, 60), -ENOENT);
+    for (uint64_t i = 1; i <= 4; i++)
+        kv_disk_pin(d, i, false);
+    for (user = 0; user < 3ull * BUDGET; id++) {
+        EXPECT_EQ(put(d, id, 0), 0);
+        user += size_of(id);
+    }
+    EXPECT_EQ(check(d, 1), -ENOENT);
+    for (uint64_t end = id + 1000; id < end; id++) {       /* pins everywhere do not stop the tier */
+        EXPECT_EQ(put(d, id, 0), 0);
+        kv_disk_pin(d, id, true);
+    }
     kv_disk_close(d);
 }
 
@@ -447,6 +479,88 @@ static void count_folder(void *arg, const struct kv_admin_folder *f)
     EXPECT_STR(f->identity, "model A");
 }
 
+/* A long prompt is a long chain: dropping it must not need a stack as deep. */
+static void *drop_chain(void *arg)
+{
+    kv_disk_remove(arg, 1);
+    return NULL;
+}
+
+static void long_chains_are_dropped(void)
+{
+    enum { LONG = 12000 };
+    pthread_attr_t small;
+    pthread_t t;
+    uint8_t data[64] = "the same bytes";
+    struct arle_err err = ARLE_ERR_INIT;
+    struct kv_disk_stats st;
+    clear_dir();
+    struct kv_disk *d = open_it(64 << 20, "model A");
+    REQUIRE(d != NULL);
+    for (uint64_t id = 1; id <= LONG; id++) {
+        int32_t token = (int32_t)id;
+        struct kv_disk_object o = { .id = id, .parent = id - 1, .kind = KV_DISK_PAGE, .start = (uint32_t)id - 1, .n_tokens = 1,
+                                    .tokens = &token, .salt = salt, .bytes = sizeof data, .handle = -1 };
+        EXPECT_EQ(kv_disk_put(d, &o, data, &err), 0);
+    }
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, 256 << 10);
+    REQUIRE(pthread_create(&t, &small, drop_chain, d) == 0);
+    pthread_join(t, NULL);
+    pthread_attr_destroy(&small);
+    kv_disk_stat(d, &st);
+    EXPECT_EQ(st.objects, 0);
+    kv_disk_close(d);
+}
+
+static _Atomic bool writing;
+
+static void *write_on(void *arg)
+{
+    uint64_t id = 1;
+    for (; atomic_load(&writing); id++)
+        if (put(arg, id, 0) < 0)
+            break;
+    return NULL;
+}
+
+/* A tool that looks on while an engine writes may miss the newest objects. It must not call them damaged. */
+static void tools_may_look_on(void)
+{
+    clear_dir();
+    pthread_t t;
+    struct kv_disk *d = open_it(64 << 20, "model A");
+    struct arle_err err = ARLE_ERR_INIT;
+    struct dirent *e;
+    char folder[400] = "";
+    REQUIRE(d != NULL);
+    put(d, 1000000, 0);
+    DIR *list = opendir(dir);
+    while ((e = readdir(list)) != NULL)
+        if (strlen(e->d_name) == 16)
+            snprintf(folder, sizeof folder, "%s/%s", dir, e->d_name);
+    closedir(list);
+    atomic_store(&writing, true);
+    REQUIRE(pthread_create(&t, NULL, write_on, d) == 0);
+    uint64_t bad = 0, seen = 0;
+    for (int i = 0; i < 300; i++) {
+        struct kv_disk_config cfg = { .dir = folder, .read_only = true };
+        struct kv_disk *look;
+        struct kv_disk_stats st;
+        if (kv_disk_open(&look, &cfg, &err) < 0)
+            continue;
+        kv_disk_stat(look, &st);
+        bad += st.bad_objects + (i % 30 == 0 ? kv_disk_verify(look) : 0);
+        seen += st.objects;
+        kv_disk_close(look);
+    }
+    atomic_store(&writing, false);
+    pthread_join(t, NULL);
+    EXPECT_EQ(bad, 0);
+    EXPECT(seen > 1000);
+    kv_disk_close(d);
+}
+
 static void tools_see_what_is_there(void)
 {
     uint64_t sum[2] = { 0 };
@@ -476,6 +590,7 @@ int main(void)
     RUN(comes_back_after_a_restart);
     RUN(only_one_process_and_one_identity);
     RUN(budget_holds_and_little_is_written_twice);
+    RUN(pinned_objects_go_last);
     RUN(objects_larger_than_a_segment);
     RUN(compaction_keeps_what_lives);
     RUN(nothing_committed_is_lost_to_kill);
@@ -483,6 +598,8 @@ int main(void)
     RUN(flipped_bytes_are_never_served);
     RUN(torn_files_are_never_served);
     RUN(tools_see_what_is_there);
+    RUN(tools_may_look_on);
+    RUN(long_chains_are_dropped);
     clear_dir();
     return tap_done();
 }

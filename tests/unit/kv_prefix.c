@@ -275,6 +275,35 @@ static void running_ahead_publishes_what_is_known(void)
     stop(&fm);
 }
 
+/* The books of the tree are full, and what was entered first is one chain of which only the end may go: it is found. */
+static void a_full_tree_finds_its_leaves(void)
+{
+    struct fm fm;
+    struct kv_config cfg = base_config();
+    enum { LONG = 12001 * 4 };
+    static int32_t prompt[LONG];
+    cfg.page_tokens = 4;
+    cfg.n_pages = 17000;
+    cfg.max_seq_tokens = 1 << 16;
+    REQUIRE(start(&fm, cfg, false));
+    for (int32_t i = 0; i < LONG; i++)
+        prompt[i] = i * 7919;
+    for (int i = 0; i < 5000 && !tap_case_failed; i++) {
+        struct kv_seq *s;
+        struct kv_hit hit;
+        uint8_t salt[KV_SALT_BYTES];
+        char name[16];
+        uint32_t n = i == 0 ? LONG : 4;
+        snprintf(name, sizeof name, "tenant %d", i);
+        kv_salt(fm.kv, name, "", salt);
+        REQUIRE(kv_seq_open(fm.kv, salt, prompt, n, &s, &hit, &fm.err) == 0);
+        for (uint32_t at = 0; at < n; at += 4)
+            kv_seq_computed(s, at + 4);
+        kv_seq_close(s, true);
+    }
+    stop(&fm);
+}
+
 int main(void)
 {
     uint64_t rng = 1;
@@ -297,5 +326,6 @@ int main(void)
     RUN(strict_means_the_same_chunk_borders);
     RUN(full_and_too_long);
     RUN(running_ahead_publishes_what_is_known);
+    RUN(a_full_tree_finds_its_leaves);
     return tap_done();
 }

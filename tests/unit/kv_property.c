@@ -124,6 +124,20 @@ static void one_round(struct fm *fm, struct run *r, uint8_t salts[3][KV_SALT_BYT
     }
 }
 
+/* Pins come and go at random over prompts of the same grammar, computed or not, and must end with the cache. */
+static void pin_or_unpin(struct fm *fm, uint8_t salts[3][KV_SALT_BYTES])
+{
+    int32_t prompt[2048];
+    uint32_t n = make_prompt(prompt, 1500), mark = rnd(n + 1);
+    struct kv_pinned p;
+    const uint8_t *salt = salts[rnd(3)];
+    int r = rnd(3) > 0 ? kv_pin(fm->kv, salt, prompt, n, &mark, 1, &p, &fm->err) : kv_unpin(fm->kv, salt, prompt, n, &p, &fm->err);
+    EXPECT(r == 0 || r == -ENOENT || r == -ENOSPC);
+    EXPECT(r < 0 || p.tokens <= n);
+    if (rnd(100) == 0)
+        kv_unpin_all(fm->kv);
+}
+
 static void workload(struct kv_config cfg, bool has_state, uint32_t rounds, struct kv_stats *st)
 {
     struct fm fm = { 0 };
@@ -140,6 +154,8 @@ static void workload(struct kv_config cfg, bool has_state, uint32_t rounds, stru
         fake_pump(&fm.dev, rnd(12));
         if (rnd(3000) == 0)
             kv_flush(fm.kv);
+        if (rnd(50) == 0)
+            pin_or_unpin(&fm, salts);
     }
     for (int i = 0; i < MAX_RUN; i++)
         if (run[i].s != NULL)
@@ -147,11 +163,15 @@ static void workload(struct kv_config cfg, bool has_state, uint32_t rounds, stru
     fake_run_all(&fm.dev);
     EXPECT_EQ(kv_settle(fm.kv, 5000), 0);
     kv_stat(fm.kv, st);
+    EXPECT(st->pinned_pages <= (uint64_t)cfg.n_pages / 2 && (st->pinned_pages > 0) == (st->pins > 0));
+    kv_unpin_all(fm.kv);
     kv_flush(fm.kv);
     struct kv_stats end;
     kv_stat(fm.kv, &end);
     EXPECT_EQ(end.pages_free, end.pages_total);
     EXPECT_EQ(end.pages_cached, 0);
+    EXPECT_EQ(end.pins + end.pinned_pages + end.pinned_states, 0);
+    EXPECT_EQ(kv_pages_lost(fm.kv), 0);
     EXPECT_EQ(end.slots_free, end.slots_total);
     EXPECT_EQ(end.snapshots, 0);
     EXPECT_EQ(end.snapshot_bytes, 0);
@@ -172,9 +192,9 @@ static void check_use(const struct kv_stats *st, bool has_state)
 {
     printf("# %" PRIu64 " of %" PRIu64 " lookups hit, %" PRIu64 " of %" PRIu64 " tokens; %" PRIu64 " pages and %" PRIu64 " of %" PRIu64
            " snapshots evicted; parked %" PRIu64 ", resumed %" PRIu64 "; bytes down %" PRIu64
-           " up %" PRIu64 "\n", st->hits, st->lookups, st->hit_tokens, st->lookup_tokens,
+           " up %" PRIu64 "; pinned %" PRIu64 " pages, %" PRIu64 " yielded\n", st->hits, st->lookups, st->hit_tokens, st->lookup_tokens,
            st->pages_evicted, st->snapshots_evicted, st->snapshots_taken, st->parked, st->resumed, st->demoted_bytes[1],
-           st->promoted_bytes[1]);
+           st->promoted_bytes[1], st->pinned_pages, st->pins_yielded);
     EXPECT(st->hits > st->lookups / (has_state ? 12 : 3));
     EXPECT(st->hit_tokens > 0 && st->pages_evicted > 0);
     EXPECT_EQ(has_state, st->snapshots_taken > 0);

@@ -1,6 +1,7 @@
 /* Tiers below the device: what returns from them, from where, and what becomes of it when a tier is full, slow or wrong. */
 #include "tap.h"
 #include "kv_model.h"
+#include "kv/kv_disk.h"
 
 #include <pthread.h>
 #include <unistd.h>
@@ -91,6 +92,84 @@ static void slow_fetches_are_not_made(void)
     struct kv_hit hit = fm_request(&fm, alice, doc, 800, NULL, 0, doc, 1);
     EXPECT_EQ(hit.cached_tokens, 0);
     EXPECT_EQ(hit.from_host, 0);
+    EXPECT_EQ(hit.miss, KV_MISS_NOT_WORTH);
+    stop(&fm);
+}
+
+/* Opens a prompt that waits on the host and polls until it is ready; whoever asked does not come back. */
+static void abandon(struct fm *fm, const int32_t *prompt, uint32_t n)
+{
+    struct kv_seq *s;
+    struct kv_hit hit;
+    REQUIRE(kv_seq_open(fm->kv, alice, prompt, n, &s, &hit, &fm->err) == -EINPROGRESS);
+    int ready = 0;
+    for (int i = 0; i < 20 && ready == 0; i++) {
+        fake_run_all(&fm->dev);
+        ready = kv_poll(fm->kv);
+    }
+    EXPECT(ready > 0);
+}
+
+/* What was fetched for somebody who has gone holds nobody up: neither who needs the room, nor who wants the same, nor more of it. */
+static void abandoned_fetches_keep_nobody_waiting(void)
+{
+    struct fm fm;
+    struct kv_seq *s, *t;
+    struct kv_hit hit;
+    struct kv_config cfg = base_config();
+    int32_t other[800];
+    cfg.host_bytes = 1 << 20;
+    REQUIRE(start(&fm, cfg, true, true));
+    kv_report_prefill(fm.kv, 100, 1000000);
+    fill(&fm, 8);
+    abandon(&fm, doc, 800);
+    REQUIRE(kv_seq_open(fm.kv, alice, doc + 40000, 960, &s, &hit, &fm.err) == 0);       /* 60 of 100 pages */
+    kv_seq_close(s, false);
+
+    fake_run_all(&fm.dev);
+    abandon(&fm, doc + 2000, 800);
+    REQUIRE(kv_seq_open(fm.kv, alice, doc + 2000, 800, &s, &hit, &fm.err) == 0);
+    EXPECT_EQ(hit.cached_tokens, 768);
+    REQUIRE(kv_seq_open(fm.kv, alice, doc + 2000, 800, &t, &hit, &fm.err) == 0);        /* nothing is left of the promotion */
+    kv_seq_close(s, false);
+    kv_seq_close(t, false);
+
+    fake_run_all(&fm.dev);
+    abandon(&fm, doc + 4000, 800);
+    memcpy(other, doc + 4000, 520 * sizeof *doc);
+    memcpy(other + 520, doc + 50000, 280 * sizeof *doc);
+    REQUIRE(fm_open(&fm, alice, other, 800, &s, &hit) == 0);
+    EXPECT_EQ(hit.cached_tokens, 512);          /* the cadence left a state there */
+    kv_seq_close(s, false);
+    stop(&fm);
+}
+
+/* More of them than there are places: the one that has been ready longest goes. */
+static void abandoned_fetches_leave_places(void)
+{
+    struct fm fm;
+    struct kv_seq *s;
+    struct kv_hit hit;
+    struct kv_config cfg = base_config();
+    enum { MANY = 70 };
+    cfg.n_pages = 400;
+    cfg.host_bytes = 4 << 20;
+    cfg.snapshot_bytes = 100 * sizeof(struct fm_state);
+    REQUIRE(start(&fm, cfg, true, true));
+    kv_report_prefill(fm.kv, 100, 1000000);
+    for (int i = 0; i < MANY + 120; i++) {      /* the last ones push the first off the device */
+        fm_request(&fm, alice, doc + 100 * i, 81, NULL, 0, doc, 1);
+        for (int k = 0; k < 5; k++) {
+            kv_step_end(fm.kv);
+            fake_run_all(&fm.dev);
+            kv_settle(fm.kv, 1000);
+        }
+    }
+    for (int i = 0; i < MANY; i++)
+        abandon(&fm, doc + 100 * i, 81);
+    REQUIRE(fm_open(&fm, alice, doc + 100 * (MANY - 1), 81, &s, &hit) == 0);
+    EXPECT_EQ(hit.cached_tokens, 64);
+    kv_seq_close(s, false);
     stop(&fm);
 }
 
@@ -167,6 +246,43 @@ static void parking_needs_room(void)
     REQUIRE(fm_open(&fm, alice, doc, 600, &s, &hit) == 0);
     EXPECT_EQ(kv_seq_park(s), -ENOSPC);
     EXPECT(fm_prefill(&fm, s, alice, 0, 600, 128));     /* and it can go on where it is */
+    kv_seq_close(s, true);
+    stop(&fm);
+}
+
+/* Roots of salts that are not used are given to others. A parked sequence keeps its own. */
+static void a_parked_sequence_keeps_its_tenant(void)
+{
+    struct fm fm;
+    struct kv_config cfg = base_config();
+    struct kv_seq *s, *other;
+    struct kv_hit hit;
+    cfg.n_pages = 600;
+    cfg.host_bytes = 4 << 20;
+    REQUIRE(start(&fm, cfg, true, true));
+    REQUIRE(fm_open(&fm, alice, doc, 300, &s, &hit) == 0);
+    EXPECT(fm_prefill(&fm, s, alice, 0, 300, 128));
+    EXPECT_EQ(kv_seq_park(s), 0);
+    fake_run_all(&fm.dev);
+    EXPECT_EQ(kv_settle(fm.kv, 5000), 0);
+    kv_flush(fm.kv);
+    for (int i = 0; i < 300; i++) {
+        char name[16];
+        uint8_t salt[KV_SALT_BYTES];
+        snprintf(name, sizeof name, "other %d", i);
+        kv_salt(fm.kv, name, "", salt);
+        if (i < 200) {                          /* comes and leaves nothing */
+            REQUIRE(kv_seq_open(fm.kv, salt, doc, 3, &other, &hit, &fm.err) == 0);
+            kv_seq_close(other, false);
+        } else {
+            fm_request(&fm, salt, doc, 33, NULL, 0, doc, 1);
+            fake_run_all(&fm.dev);
+        }
+    }
+    REQUIRE(kv_seq_resume(s) == 0);
+    EXPECT_EQ(fm_decode(&fm, s, alice, 7), 0);
+    fake_run_all(&fm.dev);
+    EXPECT_EQ(fm.wrong, 0);
     kv_seq_close(s, true);
     stop(&fm);
 }
@@ -269,6 +385,82 @@ static void damage_on_disk_is_recomputed(void)
     stop(&fm);
 }
 
+static int put_page(struct kv_disk *d, uint64_t id, uint64_t parent, uint32_t start, const int32_t *tokens, uint32_t n)
+{
+    static uint8_t data[4096 * 10];
+    struct arle_err err = ARLE_ERR_INIT;
+    struct kv_disk_object o = { .id = id, .parent = parent, .kind = KV_DISK_PAGE, .start = start, .n_tokens = n, .tokens = tokens,
+                                .salt = alice, .bytes = sizeof data, .handle = -1 };
+    return kv_disk_put(d, &o, data, &err);
+}
+
+/*
+ * The disk knows more pages than the tree has places for (equal bytes are stored once). While it is read, a page may lose its place
+ * to another one; what hangs on it on disk must not be hung on that other one.
+ */
+static void more_on_disk_than_the_tree_holds(void)
+{
+    struct fm fm;
+    struct kv_disk *d;
+    struct kv_seq *s;
+    struct kv_hit hit;
+    struct arle_err err = ARLE_ERR_INIT;
+    enum { PT = 4096, NODES = 10 + 4096 + (4 << 20) / (PT * 10) };
+    struct kv_config cfg = { .page_tokens = PT, .n_pages = 10, .n_slots = 2, .max_seq_tokens = 3 * PT, .prefix_cache = true,
+                             .disk_dir = dir, .disk_bytes = 4 << 20, .disk_fsync = KV_FSYNC_NEVER };
+    struct kv_disk_config dc = { .dir = dir, .identity = "fake model 1|page_tokens=4096|page_bytes=40960|state_bytes=0",
+                                 .budget = 4 << 20, .fsync = KV_FSYNC_NEVER };
+    clear_dir();
+    REQUIRE(start(&fm, cfg, false, false));             /* makes the salt */
+    fm_fini(&fm);
+    clear_dir();
+    REQUIRE(kv_disk_open(&d, &dc, &err) == 0);
+    EXPECT_EQ(put_page(d, 1, 0, 0, doc, PT), 0);
+    for (int32_t i = 0; i < NODES - 2; i++) {           /* and the root */
+        int32_t token = -1 - i;
+        EXPECT_EQ(put_page(d, 2 + (uint64_t)i, 0, 0, &token, 1), 0);
+    }
+    EXPECT_EQ(put_page(d, NODES, 0, 0, doc + PT, PT), 0);               /* takes the place of the first */
+    EXPECT_EQ(put_page(d, NODES + 1, 1, PT, doc + 2 * PT, PT), 0);      /* which this one belongs to */
+    kv_disk_close(d);
+    REQUIRE(start(&fm, cfg, false, false));
+    kv_report_prefill(fm.kv, 1000000, 1);
+    REQUIRE(fm_open(&fm, alice, doc + PT, 2 * PT + 1, &s, &hit) == 0);
+    EXPECT_EQ(hit.matched_tokens, PT);
+    kv_seq_close(s, false);
+    fm_fini(&fm);
+}
+
+/*
+ * A state on disk hangs on its page there. When the page of a prompt that ended on the grid is replaced by the longer one of the next
+ * prompt, its object goes, and the state with it: what the tree knows must follow, or the state is lost with the next host copy.
+ */
+static void a_state_outlives_its_short_page(void)
+{
+    struct fm fm;
+    struct kv_config cfg = disk_config();
+    int32_t longer[400];
+    clear_dir();
+    cfg.page_tokens = 128;
+    cfg.n_pages = 20;
+    cfg.snapshot_bytes = 3 * sizeof(struct fm_state);
+    REQUIRE(start(&fm, cfg, true, false));
+    kv_report_prefill(fm.kv, 100, 1000000);
+    fm_request(&fm, alice, doc, 64, NULL, 0, doc, 0);
+    kv_settle(fm.kv, 5000);
+    memcpy(longer, doc, 64 * sizeof *doc);
+    memcpy(longer + 64, doc + 3000, 300 * sizeof *doc);
+    EXPECT_EQ(fm_request(&fm, alice, longer, 300, NULL, 0, doc, 1).cached_tokens, 64);
+    kv_settle(fm.kv, 5000);
+    for (int i = 0; i < 30; i++) {              /* out of the device, and out of the staging area */
+        fm_request(&fm, alice, doc + 5000 + 1000 * i, 640, NULL, 0, doc, 1);
+        kv_settle(fm.kv, 5000);
+    }
+    memcpy(longer + 64, doc + 4000, 300 * sizeof *doc);
+    EXPECT_EQ(fm_request(&fm, alice, longer, 300, NULL, 0, doc, 1).cached_tokens, 64);
+    stop(&fm);
+}
+
 /* ---- cluster ---------------------------------------------------------------------------------------------------------------- */
 
 /* A store in memory, shared by several machines, that can be made slow, full, wrong or absent. Called from mover threads. */
@@ -276,7 +468,7 @@ static struct fake_store {
     pthread_mutex_t mu;
     struct { uint8_t key[32]; uint8_t *data; uint64_t len; } item[4096];
     uint32_t n;
-    int fail;                   /* negative errno for every call */
+    int fail, fail_get;         /* negative errno for every call; for those that read */
     int corrupt;                /* a byte of every answer is changed */
     uint32_t gets, puts, asks;
 } store = { .mu = PTHREAD_MUTEX_INITIALIZER };
@@ -294,7 +486,7 @@ static int fs_get(void *ctx, struct arle_kv_item *items, uint32_t n, int64_t dea
     (void)ctx; (void)deadline_ms;
     pthread_mutex_lock(&store.mu);
     store.gets++;
-    int r = store.fail;
+    int r = store.fail_get < 0 ? store.fail_get : store.fail;
     for (uint32_t i = 0; i < n && r == 0; i++) {
         int at = store_index(items[i].key);
         items[i].len = 0;
@@ -354,7 +546,7 @@ static void store_reset(void)
         free(store.item[--store.n].data);
         store.item[store.n].data = NULL;
     }
-    store.fail = store.corrupt = 0;
+    store.fail = store.fail_get = store.corrupt = 0;
     store.gets = store.puts = store.asks = 0;
 }
 
@@ -391,6 +583,119 @@ static void another_machine_profits(void)
         uint8_t bob[KV_SALT_BYTES];
         kv_salt(two.kv, "bob", "", bob);
         EXPECT_EQ(fm_request(&two, bob, doc, 800, NULL, 0, doc, 1).cached_tokens, 0);
+        stop(&two);
+    }
+}
+
+/* The answer to a question that was asked for one tenant comes when its place among the roots has been given to another. */
+static void late_answers_reach_nobody_else(void)
+{
+    struct fm one, two;
+    struct kv_seq *s;
+    struct kv_hit hit;
+    uint8_t salt[200][KV_SALT_BYTES];
+    store_reset();
+    REQUIRE(start(&one, store_config(), false, true));
+    fill(&one, 1);
+    kv_settle(one.kv, 5000);
+    fm_fini(&one);
+    REQUIRE(start(&two, store_config(), false, true));
+    kv_report_prefill(two.kv, 1000000, 1);
+    pthread_mutex_lock(&store.mu);
+    EXPECT_EQ(kv_seq_open(two.kv, alice, doc, 800, &s, &hit, &two.err), -EINPROGRESS);
+    for (int i = 0; i < 200; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "other %d", i);
+        kv_salt(two.kv, name, "", salt[i]);
+        REQUIRE(kv_seq_open(two.kv, salt[i], doc, 3, &s, &hit, &two.err) == 0);
+        kv_seq_close(s, false);
+    }
+    pthread_mutex_unlock(&store.mu);
+    kv_settle(two.kv, 5000);
+    for (int i = 0; i < 200; i++) {
+        REQUIRE(fm_open(&two, salt[i], doc, 800, &s, &hit) == 0);
+        EXPECT_EQ(hit.matched_tokens, 0);
+        kv_seq_close(s, false);
+    }
+    EXPECT_EQ(fm_request(&two, alice, doc, 800, NULL, 0, doc, 1).matched_tokens, 800);
+    stop(&two);
+}
+
+/* What the cluster has but does not give now: the prompt starts without it, and says why. */
+static void what_cannot_be_fetched_is_computed(void)
+{
+    struct fm one, two;
+    struct kv_seq *s;
+    struct kv_hit hit;
+    store_reset();
+    REQUIRE(start(&one, store_config(), true, true));
+    fill(&one, 2);
+    kv_settle(one.kv, 5000);
+    fm_fini(&one);
+    REQUIRE(start(&two, store_config(), true, true));
+    kv_report_prefill(two.kv, 100, 1000000);
+    for (int i = 0; i < 2; i++)
+        EXPECT_EQ(kv_seq_open(two.kv, alice, doc + 2000 * i, 800, &s, &hit, &two.err), -EINPROGRESS);
+    kv_settle(two.kv, 5000);                    /* both questions are answered */
+    store.fail_get = -EIO;
+    REQUIRE(fm_open(&two, alice, doc, 800, &s, &hit) == 0);
+    kv_seq_close(s, false);
+    REQUIRE(fm_open(&two, alice, doc + 2000, 800, &s, &hit) == 0);      /* the tier is shut for a second */
+    EXPECT_EQ(hit.cached_tokens, 0);
+    EXPECT_EQ(hit.miss, KV_MISS_NOT_FETCHED);
+    kv_seq_close(s, false);
+    stop(&two);
+    store_reset();
+}
+
+/* What is only known of the cluster takes places in the tree. Own states go first. */
+static void states_of_the_cluster_displace_none(void)
+{
+    struct fm one, two;
+    struct kv_seq *s;
+    struct kv_hit hit;
+    store_reset();
+    REQUIRE(start(&one, store_config(), true, true));
+    fill(&one, 8);
+    kv_settle(one.kv, 5000);
+    fm_fini(&one);
+    struct kv_config cfg = store_config();
+    cfg.snapshot_bytes = 4 * sizeof(struct fm_state);
+    REQUIRE(start(&two, cfg, true, true));
+    kv_report_prefill(two.kv, 1000000, 1);
+    fm_request(&two, alice, doc + 50000, 300, NULL, 0, doc, 1);
+    for (int i = 0; i < 8; i++) {
+        EXPECT_EQ(kv_seq_open(two.kv, alice, doc + 2000 * i, 800, &s, &hit, &two.err), -EINPROGRESS);
+        kv_settle(two.kv, 5000);
+    }
+    EXPECT_EQ(fm_request(&two, alice, doc + 50000, 300, NULL, 0, doc, 1).cached_tokens, 256);
+    fm_request(&two, alice, doc + 51000, 300, NULL, 0, doc, 1);
+    EXPECT_EQ(fm_request(&two, alice, doc + 51000, 300, NULL, 0, doc, 1).cached_tokens, 256);
+    stop(&two);
+}
+
+/* Pages larger than the grid of states: the cluster takes states at page ends, so that is where some are left too. */
+static void large_pages_have_states_for_the_cluster(void)
+{
+    static const uint32_t pts[] = { 128, 256 };
+    for (int i = 0; i < 2; i++) {
+        struct fm one, two;
+        struct kv_config cfg = store_config();
+        uint32_t mark = 448;
+        store_reset();
+        cfg.page_tokens = pts[i];
+        cfg.n_pages = 4000 / pts[i];
+        cfg.snapshot_cadence = 0;
+        REQUIRE(start(&one, cfg, true, true));
+        EXPECT_EQ(fm_request(&one, alice, doc, 740, &mark, 1, doc, 1).cached_tokens, 0);
+        EXPECT_EQ(fm_request(&one, alice, doc, 740, &mark, 1, doc, 1).cached_tokens, 704);      /* here nothing changes */
+        fake_run_all(&one.dev);
+        kv_settle(one.kv, 5000);
+        fm_fini(&one);
+        REQUIRE(start(&two, cfg, true, true));
+        kv_report_prefill(two.kv, 100, 1000000);
+        EXPECT_EQ(fm_request(&two, alice, doc, 740, NULL, 0, doc, 1).cached_tokens, 740 / pts[i] * pts[i]);
+        fake_run_all(&two.dev);
         stop(&two);
     }
 }
@@ -437,13 +742,22 @@ int main(void)
     RUN(pages_alone_return_from_the_host);
     RUN(immediate_copies_need_no_waiting);
     RUN(slow_fetches_are_not_made);
+    RUN(abandoned_fetches_keep_nobody_waiting);
+    RUN(abandoned_fetches_leave_places);
     RUN(computed_again_is_held_once);
     RUN(parked_sequences_go_on);
     RUN(parking_needs_room);
+    RUN(a_parked_sequence_keeps_its_tenant);
     RUN(prefixes_survive_a_restart);
     RUN(other_layouts_and_secrets_see_nothing);
     RUN(damage_on_disk_is_recomputed);
+    RUN(more_on_disk_than_the_tree_holds);
+    RUN(a_state_outlives_its_short_page);
     RUN(another_machine_profits);
+    RUN(late_answers_reach_nobody_else);
+    RUN(what_cannot_be_fetched_is_computed);
+    RUN(large_pages_have_states_for_the_cluster);
+    RUN(states_of_the_cluster_displace_none);
     RUN(a_bad_cluster_costs_nothing_but_time);
     clear_dir();
     return tap_done();

@@ -105,9 +105,34 @@ static void *onlooker(void *arg)
     return NULL;
 }
 
+/* An operator who pins what the clients ask, while they ask it. */
+static void *pinner(void *arg)
+{
+    uint32_t pinned = 0;
+    for (uint32_t i = 0; !atomic_load((_Atomic bool *)arg); i++) {
+        uint64_t h = fake_mix(i, 11);
+        int32_t all[150];
+        struct kv_pinned p;
+        struct arle_err why = ARLE_ERR_INIT;
+        struct pin_args a = { .what = h % 3 ? PIN_TAKE : PIN_RELEASE, .tokens = all, .n_tokens = 30 + (uint32_t)(h >> 8) % 120,
+                              .tenant = h >> 20 & 1 ? "odd" : "even" };
+        fake_prompt(all, 150, i % 5);
+        int r = engine_kv_pin(eng, &a, &p, 10000, &why);
+        if (r != 0 && r != -ENOENT && r != -ENOSPC)
+            atomic_fetch_add(&wrong, 1);
+        pinned += r == 0 && a.what == PIN_TAKE;
+    }
+    struct pin_args all = { .what = PIN_RELEASE_ALL };
+    struct kv_pinned p;
+    if (engine_kv_pin(eng, &all, &p, 10000, NULL) < 0)
+        atomic_fetch_add(&wrong, 1);
+    printf("# pinned %u times\n", pinned);
+    return NULL;
+}
+
 static void crowd(bool async)
 {
-    pthread_t t[CLIENTS], look;
+    pthread_t t[CLIENTS], look, pins;
     _Atomic bool over = false;
     struct engine_stats st;
     struct engine_hists hs;
@@ -119,6 +144,7 @@ static void crowd(bool async)
     open_threaded(8, 10000);
     REQUIRE(eng != NULL);
     pthread_create(&look, NULL, onlooker, &over);
+    pthread_create(&pins, NULL, pinner, &over);
     for (uintptr_t i = 0; i < CLIENTS; i++)
         pthread_create(&t[i], NULL, client, (void *)(i + 1));
     for (int i = 0; i < CLIENTS; i++)
@@ -126,6 +152,7 @@ static void crowd(bool async)
     EXPECT_EQ(engine_drain(eng, 2000), 0);
     atomic_store(&over, true);
     pthread_join(look, NULL);
+    pthread_join(pins, NULL);
     usleep(150000);     /* an idle engine publishes everything */
     engine_stat(eng, &st);
     engine_hist(eng, &hs);
@@ -140,6 +167,7 @@ static void crowd(bool async)
     engine_kv_stat(eng, &kv);
     EXPECT_EQ(kv.slots_free, kv.slots_total);
     EXPECT_EQ(kv.pages_free + kv.pages_cached, kv.pages_total);
+    EXPECT_EQ(kv.pins + kv.pinned_pages, 0);
     engine_close(eng);
 }
 static void crowd_plain(void) { crowd(false); }
