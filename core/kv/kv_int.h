@@ -35,7 +35,8 @@ struct kv_node {
     int32_t page, host;                 /* device page, host page slot; -1 = none */
     int32_t snaps;                      /* its snapshots, ascending is not promised */
     uint32_t start, fill;
-    uint32_t users;                     /* sequences and promotions that stand on it or below */
+    uint32_t users;                     /* sequences, promotions and moves that stand on it or below */
+    uint32_t held;                      /* of these: slow moves, which need the node and not its device page */
     uint32_t dev_kids, host_kids, kids; /* children with a device page, with a host copy, at all */
     uint32_t busy;                      /* moves under way; each of them also is a user */
     uint32_t pinned;                    /* ends of pins at it or below (kv_pin.c) */
@@ -240,6 +241,9 @@ int32_t tree_walk(const struct kv *kv, int root, const int32_t *tokens, uint32_t
 /** Adds or takes a user on node and all its ancestors. */
 void tree_use(struct kv *kv, int32_t node);
 void tree_unuse(struct kv *kv, int32_t node);
+/** The same for somebody who needs the nodes to stay in the tree, while device pages may go that are elsewhere too. */
+void tree_hold(struct kv *kv, int32_t node);
+void tree_unhold(struct kv *kv, int32_t node);
 /** Enters the full pages of s that are final and known. */
 void tree_publish(struct kv_seq *s);
 /* Lets the nodes s stands on use its pages instead of second copies of their own. */

@@ -140,7 +140,7 @@ void node_set_host(struct kv *kv, int32_t i, int32_t slot)
     }
     if (old >= 0)
         page_unref(&kv->host_pages, old);
-    move_update_node(kv, i);
+    tree_update(kv, i);
 }
 
 void snap_set_host(struct kv *kv, int32_t i, int32_t slot)

@@ -141,7 +141,7 @@ static void job_node(struct kv *kv, struct kv_job *j, int op, int32_t node, int3
                                  .bytes = kv->page_total, .handle = node } };
     memcpy(j->salt, kv->roots[n->root].salt, KV_SALT_BYTES);
     n->busy++;
-    tree_use(kv, node);
+    tree_hold(kv, node);
 }
 
 static void job_snap(struct kv *kv, struct kv_job *j, int op, int32_t snap, int32_t host)
@@ -152,7 +152,7 @@ static void job_snap(struct kv *kv, struct kv_job *j, int op, int32_t snap, int3
     s->busy++;
     s->users++;
     snap_update(kv, snap);
-    tree_use(kv, s->node);
+    tree_hold(kv, s->node);
 }
 
 static void submit(struct kv_mover *m, const struct kv_job *j)
@@ -517,7 +517,7 @@ static void disk_lost(struct kv *kv, const struct kv_job *j)
     if (j->o.kind == KV_DISK_PAGE && (uint32_t)i < kv->nodes_used && kv->nodes[i].disk == j->o.id) {
         kv->nodes[i].disk = 0;
         kv->nodes[i].no_disk = 1;       /* or memory and disk would play ball with it */
-        move_update_node(kv, i);
+        tree_update(kv, i);
     } else if (j->o.kind == KV_DISK_STATE && (uint32_t)i < kv->snaps_used && kv->snaps[i].disk == j->o.id) {
         kv->snaps[i].disk = 0;
         kv->snaps[i].no_disk = 1;
@@ -546,7 +546,8 @@ static void put_node_done(struct kv *kv, const struct kv_job *j, bool disk)
         n->no_store = j->result < 0;
     }
     page_unref(&kv->host_pages, j->host);
-    tree_unuse(kv, j->o.handle);
+    tree_unhold(kv, j->o.handle);
+    tree_update(kv, j->o.handle);
     if (j->result < 0)
         update_below(kv, j->o.handle);
 }
@@ -569,7 +570,7 @@ static void put_snap_done(struct kv *kv, const struct kv_job *j, bool disk)
     }
     page_unref(&kv->host_states, j->host);
     snap_update(kv, j->o.handle);
-    tree_unuse(kv, s->node);
+    tree_unhold(kv, s->node);
 }
 
 static void get_node_done(struct kv *kv, const struct kv_job *j, bool disk)
@@ -586,7 +587,8 @@ static void get_node_done(struct kv *kv, const struct kv_job *j, bool disk)
         if (j->result < 0 && !disk)
             n->store = 0;
     }
-    tree_unuse(kv, j->o.handle);
+    tree_unhold(kv, j->o.handle);
+    tree_update(kv, j->o.handle);
 }
 
 static void get_snap_done(struct kv *kv, const struct kv_job *j, bool disk)
@@ -605,7 +607,7 @@ static void get_snap_done(struct kv *kv, const struct kv_job *j, bool disk)
             s->store = 0;
     }
     snap_update(kv, j->o.handle);
-    tree_unuse(kv, s->node);
+    tree_unhold(kv, s->node);
 }
 
 static void probe_done(struct kv *kv, struct kv_job *j)

@@ -215,9 +215,9 @@ static void tenant_list_add(struct kv *kv, int32_t i)
 void tree_update(struct kv *kv, int32_t i)
 {
     struct kv_node *n = &kv->nodes[i];
-    bool can = n->parent >= 0 && n->page >= 0 && n->users == 0 && n->dev_kids == 0 && kv->pages.refs[n->page] == 1;
-    bool list = can && n->pinned == 0;
-    uint8_t idle = n->parent >= 0 && n->page >= 0 && n->users == 0 && kv->pages.refs[n->page] == 1;
+    bool unused = n->users == 0 || (n->users == n->held && node_elsewhere(n));
+    uint8_t idle = n->parent >= 0 && n->page >= 0 && unused && kv->pages.refs[n->page] == 1;
+    bool can = idle && n->dev_kids == 0, list = can && n->pinned == 0;
     uint8_t idle_pinned = idle && n->pinned > 0;
     kv->idle_pages += idle - n->idle;
     kv->idle_pinned += idle_pinned - n->idle_pinned;
@@ -341,7 +341,7 @@ void tree_page_released(struct kv *kv, int32_t page)
 void tree_use(struct kv *kv, int32_t i)
 {
     for (; i >= 0; i = kv->nodes[i].parent)
-        if (kv->nodes[i].users++ == 0)
+        if (kv->nodes[i].users++ == kv->nodes[i].held)
             tree_update(kv, i);
 }
 
@@ -349,11 +349,30 @@ void tree_unuse(struct kv *kv, int32_t i)
 {
     for (; i >= 0; i = kv->nodes[i].parent) {
         struct kv_node *n = &kv->nodes[i];
-        KV_CHECK(n->users > 0);
-        if (--n->users == 0) {
+        KV_CHECK(n->users > n->held);
+        if (--n->users == n->held) {
             n->prio = kv->dev_age + 1.0 + n->start / 65536.0;
             tree_update(kv, i);
         }
+    }
+}
+
+void tree_hold(struct kv *kv, int32_t i)
+{
+    for (; i >= 0; i = kv->nodes[i].parent) {
+        kv->nodes[i].held++;
+        if (kv->nodes[i].users++ == 0)
+            tree_update(kv, i);
+    }
+}
+
+void tree_unhold(struct kv *kv, int32_t i)
+{
+    for (; i >= 0; i = kv->nodes[i].parent) {
+        KV_CHECK(kv->nodes[i].held > 0);
+        kv->nodes[i].held--;
+        if (--kv->nodes[i].users == 0)
+            tree_update(kv, i);
     }
 }
 
@@ -668,7 +687,7 @@ void tree_publish(struct kv_seq *s)
             tree_set_page(kv, next, page);
         }
         share_own(kv, next, page);
-        if (kv->nodes[next].users++ == 0)       /* the ancestors have this sequence as a user already */
+        if (kv->nodes[next].users++ == kv->nodes[next].held)        /* the ancestors have this sequence as a user already */
             tree_update(kv, next);
         s->cursor = next;
         s->published += kv->pt;

@@ -621,6 +621,43 @@ static void late_answers_reach_nobody_else(void)
     stop(&two);
 }
 
+/* While a slow tier takes what was computed, nobody is kept from the device pages: the host has their bytes. */
+static void slow_writes_hold_no_pages(void)
+{
+    for (int state = 0; state < 2; state++) {
+        struct fm fm;
+        struct kv_seq *s;
+        struct kv_hit hit;
+        store_reset();
+        REQUIRE(start(&fm, store_config(), state, true));
+        pthread_mutex_lock(&store.mu);
+        store.fail = -EIO;
+        pthread_mutex_unlock(&store.mu);
+        fill(&fm, 1);                           /* refused at the first question; the tier is shut */
+        store.fail = 0;
+        kv_settle(fm.kv, 5000);
+        struct timespec second = { .tv_sec = 1, .tv_nsec = 100000000 };
+        nanosleep(&second, NULL);
+        pthread_mutex_lock(&store.mu);          /* from now on it hangs */
+        for (int i = 0; i < 20; i++) {
+            kv_step_end(fm.kv);
+            fake_run_all(&fm.dev);
+            kv_poll(fm.kv);
+        }
+        int r = kv_seq_open(fm.kv, alice, doc + 40000, 64, &s, &hit, &fm.err);
+        if (r == 0)
+            r = kv_seq_reserve(s, 64 * 16);     /* 64 pages, and more below */
+        EXPECT_EQ(r, 0);
+        struct kv_stats st;
+        kv_step_end(fm.kv);
+        kv_stat(fm.kv, &st);
+        EXPECT_EQ(st.pages_free + st.pages_cached, 160 - 64);
+        pthread_mutex_unlock(&store.mu);
+        kv_seq_close(s, false);
+        stop(&fm);
+    }
+}
+
 /* What the cluster has but does not give now: the prompt starts without it, and says why. */
 static void what_cannot_be_fetched_is_computed(void)
 {
@@ -755,6 +792,7 @@ int main(void)
     RUN(a_state_outlives_its_short_page);
     RUN(another_machine_profits);
     RUN(late_answers_reach_nobody_else);
+    RUN(slow_writes_hold_no_pages);
     RUN(what_cannot_be_fetched_is_computed);
     RUN(large_pages_have_states_for_the_cluster);
     RUN(states_of_the_cluster_displace_none);
