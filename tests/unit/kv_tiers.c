@@ -3,7 +3,10 @@
 #include "kv_model.h"
 #include "kv/kv_disk.h"
 
+#include <fcntl.h>
+#include <ftw.h>
 #include <pthread.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static int32_t doc[1 << 16];
@@ -362,27 +365,46 @@ static void other_layouts_and_secrets_see_nothing(void)
     fm_fini(&fm);
 }
 
-static void damage_on_disk_is_recomputed(void)
+static long damage_step;
+
+/* A byte of every damage_step of a segment is not what was written. */
+static int damage_file(const char *path, const struct stat *st, int type, struct FTW *at)
+{
+    size_t n = strlen(path);
+    int fd = type == FTW_F && n > 4 && strcmp(path + n - 4, ".kvs") == 0 ? open(path, O_RDWR) : -1;
+    uint8_t byte;
+    for (off_t i = damage_step / 2; fd >= 0 && i < st->st_size; i += damage_step)
+        if (pread(fd, &byte, 1, i) != 1 || (byte ^= 0x40, pwrite(fd, &byte, 1, i)) != 1)
+            return -1;
+    return fd >= 0 ? close(fd) : 0;
+}
+
+/* All six documents behind damaged segments; the tokens that were cached. */
+static uint32_t read_damaged(long step)
 {
     struct fm fm;
-    char cmd[400];
-    /* A byte in the middle of every segment. */
-    snprintf(cmd, sizeof cmd, "for f in $(find '%s' -name '*.kvs'); do s=$(stat -c %%s $f); i=1; while [ $i -lt 20 ]; do "
-             "printf 'X' | dd of=$f bs=1 seek=$((s*i/20)) conv=notrunc 2>/dev/null; i=$((i+1)); done; done", dir);
-    EXPECT_EQ(system(cmd), 0);
-    REQUIRE(start(&fm, disk_config(), true, true));
-    kv_report_prefill(fm.kv, 100, 1000000);
     uint32_t cached = 0;
+    damage_step = step;
+    EXPECT_EQ(nftw(dir, damage_file, 8, FTW_PHYS), 0);
+    if (!start(&fm, disk_config(), true, true)) {
+        TAP_FAIL("no start over damaged segments");
+        return 0;
+    }
+    kv_report_prefill(fm.kv, 100, 1000000);
     for (int i = 0; i < 6; i++) {
-        struct kv_hit hit = fm_request(&fm, alice, doc + 2000 * i, 800, NULL, 0, doc, 1);
-        /* A state may have reached the disk behind the last multiple of 64, depending on when the mover ran. */
-        EXPECT(hit.cached_tokens < 800);
-        cached += hit.cached_tokens;
+        cached += fm_request(&fm, alice, doc + 2000 * i, 800, NULL, 0, doc, 1).cached_tokens;
         fake_run_all(&fm.dev);
     }
-    EXPECT(cached < 6 * 768);
     EXPECT_EQ(fm.wrong, 0);
     stop(&fm);
+    return cached;
+}
+
+static void damage_on_disk_is_recomputed(void)
+{
+    uint32_t some = read_damaged(100000);       /* which objects that hits depends on when the mover wrote them */
+    printf("# of 4800 tokens behind a few damaged bytes %u were found\n", some);
+    EXPECT_EQ(read_damaged(32), 0);             /* the data of every object is longer */
 }
 
 static int put_page(struct kv_disk *d, uint64_t id, uint64_t parent, uint32_t start, const int32_t *tokens, uint32_t n)
