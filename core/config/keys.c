@@ -57,11 +57,19 @@ static const struct arle_conf_key kv_keys[] = {
     BYTES("snapshot_bytes", "256MiB", 0, 16 * TI, "Device memory for snapshots of recurrent state, per model."),
     INT("snapshot_cadence", "1024", 64, 1048576, "tokens", "Longest stretch of a prompt without a state snapshot, in multiples of 64."),
     INT("pin_pct", "50", 1, 100, "%", "Share of the cache pages, and of the snapshots, that arlectl kv pin may hold."),
+    INT("tenant_quota_pct", "100", 1, 100, "%",
+        "Share of the cache pages, and of the snapshots, that the memory of one tenant may take; its own go first."),
+    BOOL("strict", "no", "Remembers prompts and no answers, so that warm equals cold bit for bit also where decoding rounds differently."),
     BYTES("host_bytes", "0", 0, 16 * TI, "Pinned host memory for pages that leave the device; 0 turns the tier off."),
+    INT("host_state_pct", "50", 1, 99, "%", "Share of host_bytes for snapshots of recurrent state; the rest is for pages."),
     STR("disk_dir", "", "Directory of the disk tier; empty turns it off."),
     BYTES("disk_bytes", "20GiB", 64 * MI, 1024 * TI, "Budget of the disk tier."),
+    ENUM("disk_fsync", "commit", "commit|never",
+         "When the disk tier is synced: at each commit, which survives power loss, or never, which survives kill -9 only."),
     STR("secret_file", "", "32 random bytes that salt cache keys; empty makes a new secret at each start, so that disk entries are not reused."),
     STR("store", "", "Plugin of the cluster tier, e.g. kv-redis; empty turns it off."),
+    TIME("store_deadline", "250ms", 1, 60 * SEC, "Time that one batch to the cluster tier may take."),
+    BYTES("store_min_bytes_s", "1MiB", KI, TI, "The cluster tier is left alone for a while when it moves fewer bytes per second than this."),
     END
 };
 

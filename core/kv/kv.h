@@ -39,7 +39,7 @@ struct kv_config {
     uint32_t snapshot_align;        /* snapshots of a prompt fall on multiples of this [64]; so do chunk borders */
     bool strict;                    /* remember prefilled tokens only: warm equals cold bit for bit also where a backend rounds
                                      * differently when it decodes; costs recomputing the last answer each turn [false] */
-    uint32_t tenant_quota_pct;      /* share of the device pages that one tenant may hold cached [100] */
+    uint32_t tenant_quota_pct;      /* share of the device pages, and of the snapshot records, one tenant may hold cached [100] */
     uint32_t host_state_pct;        /* share of the host tier for state records, the rest is for pages [50] */
     uint32_t disk_fsync;            /* enum kv_fsync: sync at every commit (survives power loss), or leave it to the kernel */
     uint32_t store_deadline_ms;     /* one batch to the cluster tier may take this long [250] */

@@ -95,7 +95,7 @@ struct kv_pin_end { int32_t node, snap; };                  /* snap -1: the mode
 struct kv_pin { uint8_t id[16]; struct kv_pin_end *end; uint32_t n_ends; };      /* id: of salt and tokens */
 
 struct kv_root { uint8_t salt[KV_SALT_BYTES]; int32_t node, tenant; };      /* node -1: free entry */
-struct kv_tenant { uint8_t tag[16]; uint32_t n_roots; int64_t dev_pages; int32_t head, tail; };
+struct kv_tenant { uint8_t tag[16]; uint32_t n_roots, dev_snaps; int64_t dev_pages; int32_t head, tail; };
 
 struct kv_seq {
     struct kv *kv;
@@ -158,6 +158,7 @@ struct kv {
     char *snap_base;
     struct kv_heap snap_heap; double snap_age;
     uint32_t snap_clock;                /* where the search for a victim goes on when entries run out */
+    uint32_t quota_clock;               /* where the next sample of a tenant's records begins */
 
     /* host tier */
     struct page_pool host_pages, host_states;
@@ -271,6 +272,7 @@ void tree_set_page(struct kv *kv, int32_t node, int32_t page);     /* takes over
 void snap_drop(struct kv *kv, int32_t snap);
 /** A device record for a snapshot, evicting a lesser one; -1: all are in use. */
 int32_t snap_record_get(struct kv *kv);
+void snap_set_record(struct kv *kv, int32_t i, int32_t record);
 void snap_update(struct kv *kv, int32_t snap);
 void snap_copy(struct kv *kv, struct arle_stream *st, int32_t record, int32_t slot, bool restore);
 int32_t snap_find(const struct kv *kv, int32_t node, uint32_t pos);

@@ -284,7 +284,7 @@ static void snap_moved(struct kv *kv, bool up, int32_t snap, int32_t dev, int32_
     s->busy--;
     s->users--;
     if (up && s->dev < 0)
-        s->dev = dev;
+        snap_set_record(kv, snap, dev);
     else if (up)
         page_unref(&kv->snap_pool, dev);
     else if (s->host < 0)

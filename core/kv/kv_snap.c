@@ -6,6 +6,8 @@
  */
 #include "kv/kv_int.h"
 
+#define QUOTA_SAMPLE 32u        /* records of a tenant that are compared */
+
 void snap_copy(struct kv *kv, struct arle_stream *st, int32_t record, int32_t slot, bool restore)
 {
     char *rec = kv->snap_base + (size_t)record * kv->state_total;
@@ -41,12 +43,25 @@ static uint64_t snap_hash(const struct kv *kv, const struct kv_snap *s)
     return ~tree_path_hash(kv->nodes[n->parent].hash, node_toks(kv, s->node), s->pos - n->start);
 }
 
+static int32_t snap_tenant(const struct kv *kv, const struct kv_snap *s)
+{
+    return kv->roots[kv->nodes[s->node].root].tenant;
+}
+
 static void record_release(struct kv *kv, struct kv_snap *s)
 {
     if (s->dev < 0)
         return;
     page_unref(&kv->snap_pool, s->dev);
     s->dev = -1;
+    kv->tenants[snap_tenant(kv, s)].dev_snaps--;
+}
+
+void snap_set_record(struct kv *kv, int32_t i, int32_t record)
+{
+    KV_CHECK(kv->snaps[i].dev < 0);
+    kv->snaps[i].dev = record;
+    kv->tenants[snap_tenant(kv, &kv->snaps[i])].dev_snaps++;
 }
 
 void snap_drop(struct kv *kv, int32_t i)
@@ -73,15 +88,9 @@ void snap_drop(struct kv *kv, int32_t i)
         tree_update(kv, node);
 }
 
-/* Takes the least worth record off the device; its snapshot lives on if a lower tier has it. Only new entries and promotions
- * ask for records, and neither is worth a pinned one. */
-static bool evict_one(struct kv *kv)
+/* Takes a record off the device; its snapshot lives on if a lower tier has it. */
+static void evict(struct kv *kv, int32_t i)
 {
-    int32_t i = kv_heap_min(&kv->snap_heap);
-    if (i < 0 || kv->snaps[i].pinned > 0)
-        return false;
-    if (kv->snap_heap.key[i] > kv->snap_age)
-        kv->snap_age = kv->snap_heap.key[i];
     kv->st.snapshots_evicted++;
     if (snap_elsewhere(&kv->snaps[i])) {
         record_release(kv, &kv->snaps[i]);
@@ -89,7 +98,42 @@ static bool evict_one(struct kv *kv)
     } else {
         snap_drop(kv, i);
     }
+}
+
+/* The least worth record goes. Only new entries and promotions ask for records, and neither is worth a pinned one. */
+static bool evict_one(struct kv *kv)
+{
+    int32_t i = kv_heap_min(&kv->snap_heap);
+    if (i < 0 || kv->snaps[i].pinned > 0)
+        return false;
+    if (kv->snap_heap.key[i] > kv->snap_age)
+        kv->snap_age = kv->snap_heap.key[i];
+    evict(kv, i);
     return true;
+}
+
+/*
+ * Before a tenant's new record: one that has its share gives one of its own. Which is the least worth is told from a sample, so
+ * that a step does not look at all there are.
+ */
+static void enforce_quota(struct kv *kv, int32_t tenant)
+{
+    uint32_t limit = (uint32_t)((uint64_t)kv->snap_pool.n * kv->cfg.tenant_quota_pct / 100);
+    int32_t least = -1;
+    if (kv->cfg.tenant_quota_pct >= 100 || kv->tenants[tenant].dev_snaps < (limit > 0 ? limit : 1))
+        return;
+    for (uint32_t seen = 0, own = 0; seen < kv->snaps_used && own < QUOTA_SAMPLE; seen++) {
+        kv->quota_clock = (kv->quota_clock + 1) % kv->snaps_used;
+        int32_t i = (int32_t)kv->quota_clock;
+        const struct kv_snap *s = &kv->snaps[i];
+        if (s->node < 0 || s->dev < 0 || s->users > 0 || s->pinned > 0 || snap_tenant(kv, s) != tenant)
+            continue;
+        if (least < 0 || s->prio < kv->snaps[least].prio)
+            least = i;
+        own++;
+    }
+    if (least >= 0)
+        evict(kv, least);
 }
 
 int32_t snap_record_get(struct kv *kv)
@@ -163,11 +207,12 @@ bool tree_snapshot(struct kv_seq *s, uint32_t pos)
         return true;
     }
     tree_use(kv, node);                 /* making room must not take the ground from under it */
+    enforce_quota(kv, kv->roots[s->root].tenant);
     int32_t rec = snap_record_get(kv);
     if (rec >= 0 && (i = snap_find(kv, node, pos)) < 0 && (i = snap_new(kv, node, pos, pos - s->last_snap)) < 0)
         page_unref(&kv->snap_pool, rec);
     if (rec >= 0 && i >= 0) {
-        kv->snaps[i].dev = rec;
+        snap_set_record(kv, i, rec);
         snap_copy(kv, kv->compute, rec, s->slot, false);
         s->last_snap = pos;
         kv->st.snapshots_taken++;

@@ -97,6 +97,9 @@ struct engine_config {
     uint64_t kv_snapshot_bytes, kv_host_bytes, kv_disk_bytes;
     uint32_t kv_snapshot_cadence;
     uint32_t kv_pin_pct;                    /* share of pages and of snapshot records that pins may hold; 0 = 50 */
+    uint32_t kv_tenant_quota_pct, kv_host_state_pct, kv_store_deadline_ms;      /* as in struct kv_config; 0 = its default */
+    uint64_t kv_store_min_bytes_s;
+    bool kv_strict, kv_disk_no_sync;
     const char *kv_disk_dir, *kv_dtype, *compute;
     const char *secret_file;
     bool prefix_cache, random_weights, drafts, parity;

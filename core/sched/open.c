@@ -375,6 +375,9 @@ static int open_kv(struct engine *e, const char *config_json, size_t config_len,
         .snapshot_cadence = e->cfg.kv_snapshot_cadence, .host_bytes = e->cfg.kv_host_bytes, .disk_dir = e->cfg.kv_disk_dir,
         .disk_bytes = e->cfg.kv_disk_bytes, .store = e->cfg.store, .store_ctx = e->cfg.store_ctx, .identity = identity,
         .snapshot_align = SCHED_ALIGN, .pin_pct = e->cfg.kv_pin_pct,
+        .tenant_quota_pct = e->cfg.kv_tenant_quota_pct, .host_state_pct = e->cfg.kv_host_state_pct, .strict = e->cfg.kv_strict,
+        .disk_fsync = e->cfg.kv_disk_no_sync ? KV_FSYNC_NEVER : KV_FSYNC_COMMIT, .store_deadline_ms = e->cfg.kv_store_deadline_ms,
+        .store_min_bytes_s = e->cfg.kv_store_min_bytes_s,
     };
     int r = read_secret(e->cfg.secret_file, kc.secret, err);
     if (r == 0)

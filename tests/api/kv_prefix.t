@@ -251,6 +251,41 @@ def pinned():
         equal(s.metric("arle_kv_pins"), 0, "and nothing is pinned")
 
 
-for fn in (without_cache, turns, system_prompt, from_device, from_host, from_disk, from_store, tenants, pinned):
+def quotas():
+    """A tenant with a quota pushes out its own entries; without one it pushes out everybody's."""
+    for pct, kept in (("100", False), ("40", True)):
+        settings = {"scheduler.max_seqs": "2", "kv.device_bytes": "20MiB", "kv.snapshot_bytes": "8MiB", "kv.tenant_quota_pct": pct,
+                    "auth.keys": "red:r blue:b"}
+        with Arled(settings=settings) as s:
+            says = lambda key, text: ask(s, [{"role": "system", "content": text}, {"role": "user", "content": QUESTIONS[0]}],
+                                         headers={"Authorization": "Bearer " + key}, max_tokens=2)[2]["cached_tokens"]
+            says("r", SYSTEM)
+            full = says("r", SYSTEM)
+            for other in range(30):
+                says("b", chr(65 + other) + RULES)
+            ok(full > 0, "%s %%: its prompt hits" % pct, full)
+            equal(says("r", SYSTEM), full if kept else 0, "%s %%: after the other tenant's flood it %s" % (pct, "still does" if kept else "is gone"))
+
+
+def strict():
+    """Prompts alone are remembered: who continues an answer computes it again, and gets the same."""
+    got = {}
+    for word in ("no", "yes"):
+        with Arled(settings={"kv.strict": word}) as s:
+            def complete(ids):
+                status, reply = s.post("/v1/completions", {"model": "tiny", "prompt": ids, "max_tokens": 40, "temperature": 0, "ignore_eos": True,
+                                                           "return_token_ids": True})
+                equal(status, 200, "strict = %s: completed" % word)
+                return reply["choices"][0]["token_ids"], reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+            prompt = s.post("/tokenize", {"model": "tiny", "prompt": SYSTEM})[1]["tokens"]
+            answer, _ = complete(prompt)
+            got[word], cached = complete(prompt + answer + prompt[:5])
+            inside = cached <= len(prompt)
+            ok(cached > 0 and inside == (word == "yes"), "strict = %s: %d of %d + %d cached" % (word, cached, len(prompt), len(answer)))
+    equal(got["yes"], got["no"], "and the answers are the same")
+
+
+for fn in (without_cache, turns, system_prompt, from_device, from_host, from_disk, from_store, tenants, quotas, strict, pinned):
     case(fn)
 done()

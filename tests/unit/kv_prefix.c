@@ -1,6 +1,7 @@
 /* Prefix reuse on the device: what hits, how deep, for whom, and that every restored byte is right. */
 #include "tap.h"
 #include "kv_model.h"
+#include "kv/kv_int.h"
 
 static int32_t doc[1 << 16];
 static uint8_t alice[KV_SALT_BYTES], bob[KV_SALT_BYTES];
@@ -196,6 +197,25 @@ static void a_tenant_keeps_to_its_quota(void)
     stop(&fm);
 }
 
+static void a_tenant_keeps_to_its_share_of_states(void)
+{
+    struct fm fm;
+    struct kv_config cfg = base_config();
+    cfg.snapshot_bytes = 16 * sizeof(struct fm_state);
+    cfg.tenant_quota_pct = 50;
+    REQUIRE(start(&fm, cfg, true));
+    fm_request(&fm, bob, doc, 160, NULL, 0, doc, 3);
+    uint32_t own = fm.kv->tenants[0].dev_snaps;
+    EXPECT(own > 0 && own <= 8);
+    for (int i = 0; i < 20; i++)
+        fm_request(&fm, alice, doc + 1000 * i, 160, NULL, 0, doc, 3);
+    EXPECT_EQ(fm.kv->n_tenants, 2);
+    EXPECT_EQ(fm.kv->tenants[0].dev_snaps, own);
+    EXPECT_EQ(fm.kv->tenants[1].dev_snaps, 8);
+    EXPECT_EQ(fm_request(&fm, bob, doc, 160, NULL, 0, doc, 3).cached_tokens, 128);
+    stop(&fm);
+}
+
 static void the_reason_of_a_miss(void)
 {
     struct fm fm;
@@ -322,6 +342,7 @@ int main(void)
     RUN(chat_with_large_pages_without_reasoning);
     RUN(tenants_share_nothing);
     RUN(a_tenant_keeps_to_its_quota);
+    RUN(a_tenant_keeps_to_its_share_of_states);
     RUN(the_reason_of_a_miss);
     RUN(strict_means_the_same_chunk_borders);
     RUN(full_and_too_long);
