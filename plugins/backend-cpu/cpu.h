@@ -32,6 +32,7 @@
 #define CPU_MAX_HEAD 512        /* largest head_dim of attention */
 #define CPU_MAX_QVEC 64         /* query vectors of one attention work item */
 #define CPU_GDN_COLS 64         /* value columns of one slice of a delta-net state */
+#define CPU_PEAK_SUMS 2048      /* upper bound of the sums of kernels.peak */
 
 /* ---- thread pool (pool.c) ------------------------------------------------------------------------------------------ */
 
@@ -91,6 +92,12 @@ struct kernels {
     unsigned max_rows;                          /* rows of a full tile of a matrix product */
     unsigned tile_blocks[CPU_MAX_ROWS + 1];     /* column blocks to hand over at once, by rows */
     bool bf16_dot;                              /* gemm_bf16 exists: bf16 activations stay bf16 */
+
+    /* `rounds` rounds of the set's fastest multiply-add on registers alone, peak_flop operations each: chains of sums that begin at
+     * start[0..CPU_PEAK_SUMS) and grow by peak_step in a round. start[i] is i, which the compiler must not know: it would make one
+     * chain of all. Returns the growth, or NaN when two sums differ. Exact while sums stay below 2^24. */
+    float (*peak)(int64_t rounds, const float *start);
+    unsigned peak_flop, peak_step;
 
     /* Matrix tiles: out[r][c] = sum_k x[r][k] w[c][k] for `rows` packed rows and `blocks` column blocks. k2 = ceil(K / 2).
      * x packed as [k2][rows][2]; w as blocks of [k2][16][2] (bf16) or [k2][2][16] (f32), block_bytes apart. out is

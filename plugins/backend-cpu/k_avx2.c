@@ -15,7 +15,7 @@
 #include "vec_avx2.h"
 #include "k_fast.h"
 
-static const struct kernels table = { .name = "avx2", FAST_TABLE };
+static const struct kernels table = { .name = "avx2", FAST_PEAK, FAST_TABLE };
 
 #if defined(__clang__)
 #pragma clang attribute pop
