@@ -105,6 +105,12 @@ struct kernels {
     void (*gemm_f32_wbf16)(const void *x, unsigned rows, int64_t k2, const void *w, size_t block_bytes, unsigned blocks, float *out);
     void (*gemm_f32_wf32)(const void *x, unsigned rows, int64_t k2, const void *w, size_t block_bytes, unsigned blocks, float *out);
     void (*gemm_bf16_wbf16)(const void *x, unsigned rows, int64_t k2, const void *w, size_t block_bytes, unsigned blocks, float *out);
+    /* For many rows, or NULL: to_panel makes f32 of k2 pairs of a bf16 block, [k2][16][2] -> [k2][2][16]. gemm_panel is gemm_f32_wf32
+     * with a pointer per block; with `more` the sums go on from what out holds, so that k may be cut anywhere between pairs. The
+     * next call's x is `ahead` bytes further. */
+    void (*to_panel)(const void *w, int64_t k2, float *out);
+    void (*gemm_panel)(const float *x, unsigned rows, int64_t k2, const float *const *w, unsigned blocks, bool more,
+                       size_t ahead, float *out);
     /* y[c] = round(acc[c] (+ y[c])), c < n, of act type or f32. */
     void (*store_row)(const float *acc, int64_t n, void *y, uint32_t dtype, bool accumulate);
     /* out[c] = round(silu(g) * u), both rounded first when round_in; limit as in ops.h; times weight unless it is 1. */
@@ -152,7 +158,7 @@ const struct kernels *kernels_avx512bf16(void);
 /* ---- device -------------------------------------------------------------------------------------------------------- */
 
 #define CPU_COUNTERS(X) \
-    X(linear_ref) X(linear_avx2) X(linear_avx512) X(linear_avx512bf16) X(linear_gemv) X(linear_gemm) X(linear_f32_weight) \
+    X(linear_ref) X(linear_avx2) X(linear_avx512) X(linear_avx512bf16) X(linear_gemv) X(linear_gemm) X(linear_f32_weight) X(linear_panel) \
     X(gate_up) X(embed) X(rmsnorm) X(silu_mul) X(attn_prepare) X(attn_tile) X(attn_split) X(attn_quant) X(gdn_decode) X(gdn_prefill) \
     X(moe_route) X(moe_experts) X(seq_shift) X(sample_argmax) X(sample_draw) X(sample_edit) X(parallel_ops) X(copied_bytes) \
     X(hc_pre) X(compress) X(index_all) X(index_scored) X(linear_fp4) X(attn_latent)
@@ -161,6 +167,7 @@ enum counter_id { CPU_COUNTERS(CPU_COUNTER_ENUM_) N_COUNTERS };
 
 #define CPU_THREAD_SCRATCH ((size_t)26 << 20)   /* per thread; committed by the kernel only as it is touched */
 #define CPU_PACK_BYTES ((size_t)16 << 20)       /* packed activations of one matrix product; partial results of attention */
+#define CPU_MAX_K ((int64_t)(CPU_PACK_BYTES / 4 / CPU_MAX_ROWS))    /* columns of a weight: one tile of rows must fit */
 #define CPU_MAX_VOCAB 1000000u
 
 struct cpu_ctx {
@@ -231,7 +238,7 @@ uint64_t cpu_weight_predict(struct arle_device *dev, const struct arle_weight_de
 /** Row `row` of a packed weight of role EMBED or LINEAR as act values. */
 void weight_row(const struct arle_weight *w, int64_t row, void *out, uint32_t dtype);
 
-/* ---- matrix products (ops_linear.c) -------------------------------------------------------------------------------- */
+/* ---- matrix products (mm.c) -------------------------------------------------------------------------------- */
 
 enum mm_form { MM_STORE, MM_GATE };     /* gate: silu(gate) * up of a GATE_UP weight */
 

@@ -26,7 +26,15 @@ static void golden(int model, uint32_t compute, const struct bounds *b)
     struct golden *g = NULL;
     struct harness_options o = base(model, compute);
     o.sets[0] = extra_set;
-    if (golden_open(&g, dirs[model], &err) < 0 || harness_open(&h, &o, &err) < 0) {
+    int r0 = golden_open(&g, dirs[model], &err);
+    if (r0 == 0)
+        r0 = harness_open(&h, &o, &err);
+    if (r0 == -ENOTSUP && extra_set != NULL) {
+        printf("# %s: %s\n", extra_set, err.msg);
+        golden_close(g);
+        return;
+    }
+    if (r0 < 0) {
         TAP_FAIL("%s: %s", models[model], err.msg);
         return;
     }
@@ -64,7 +72,7 @@ static void tiny_f32(void) { golden(0, ARLE_F32, &f32); }
 static void micro_f32(void) { golden(1, ARLE_F32, &f32); }
 static void moe_f32(void) { golden(2, ARLE_F32, &f32); }
 static void tiny_bf16(void) { golden(0, ARLE_BF16, &bf16); }
-/* Instruction sets add in other orders and round in other places; none may drift. Those that the machine lacks fall back. */
+/* Instruction sets add in other orders and round in other places; none may drift. Sets that the machine lacks are left out. */
 static void tiny_bf16_on_other_kernels(void)
 {
     static const char *const isa[] = { "backend-cpu.isa=reference", "backend-cpu.isa=avx2", "backend-cpu.isa=avx512" };

@@ -149,6 +149,7 @@ static void the_chosen_kernels_ran(void)
     }
     EXPECT(ops_counter(&be, "linear_gemv") > 0);
     EXPECT(ops_counter(&be, "linear_gemm") > 0);
+    EXPECT_EQ(ops_counter(&be, "linear_panel") > 0, strcmp(isa, "avx2") == 0);
 }
 
 int main(int argc, char **argv)
