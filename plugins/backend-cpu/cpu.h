@@ -25,7 +25,7 @@
 #endif
 
 #define CPU_BLOCK 16            /* columns of a packed weight block */
-#define CPU_MAX_ROWS 16         /* upper bound of kernels.max_rows */
+#define CPU_MAX_ROWS 32         /* upper bound of kernels.max_rows and bf16_rows */
 #define CPU_TILE_COLS 128       /* upper bound of the columns of one tile */
 #define CPU_KEY_BLOCK 32        /* keys of one attention block; blocks start at absolute multiples */
 #define CPU_KEY_SPLIT 512       /* keys whose softmax is summed before merging; splits start at absolute multiples */
@@ -92,6 +92,7 @@ struct kernels {
     unsigned max_rows;                          /* rows of a full tile of a matrix product */
     unsigned tile_blocks[CPU_MAX_ROWS + 1];     /* column blocks to hand over at once, by rows */
     bool bf16_dot;                              /* gemm_bf16 exists: bf16 activations stay bf16 */
+    unsigned bf16_rows, bf16_blocks;            /* 0, or gemm_bf16 has tiles of its own: rows, blocks, x packed as amx.h says */
 
     /* `rounds` rounds of the set's fastest multiply-add on registers alone, peak_flop operations each: chains of sums that begin at
      * start[0..CPU_PEAK_SUMS) and grow by peak_step in a round. start[i] is i, which the compiler must not know: it would make one
@@ -154,11 +155,13 @@ extern const struct kernels kernels_ref;
 const struct kernels *kernels_avx2(void);
 const struct kernels *kernels_avx512(void);
 const struct kernels *kernels_avx512bf16(void);
+/* avx512bf16 with bf16 products in AMX tiles. NULL too when the instructions fail the check of amx.h, with *why set. */
+const struct kernels *kernels_amx(const char **why);
 
 /* ---- device -------------------------------------------------------------------------------------------------------- */
 
 #define CPU_COUNTERS(X) \
-    X(linear_ref) X(linear_avx2) X(linear_avx512) X(linear_avx512bf16) X(linear_gemv) X(linear_gemm) X(linear_f32_weight) X(linear_panel) \
+    X(linear_ref) X(linear_avx2) X(linear_avx512) X(linear_avx512bf16) X(linear_amx) X(linear_gemv) X(linear_gemm) X(linear_f32_weight) X(linear_panel) \
     X(gate_up) X(embed) X(rmsnorm) X(silu_mul) X(attn_prepare) X(attn_tile) X(attn_split) X(attn_quant) X(gdn_decode) X(gdn_prefill) \
     X(moe_route) X(moe_experts) X(seq_shift) X(sample_argmax) X(sample_draw) X(sample_edit) X(parallel_ops) X(copied_bytes) \
     X(hc_pre) X(compress) X(index_all) X(index_scored) X(linear_fp4) X(attn_latent)

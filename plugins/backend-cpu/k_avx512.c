@@ -1,5 +1,6 @@
 /* The fast kernels for AVX-512, and the tiles of the bf16 dot instruction where the machine has it. */
 #include "cpu.h"
+#include "amx.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -62,6 +63,10 @@ static const struct kernels table_bf16 = {
     .name = "avx512bf16", .bf16_dot = true, .gemm_bf16_wbf16 = FAST(gemm_bf16_wbf16),
     .peak = FAST(peak_bf16), .peak_flop = 24 * 16 * 4, .peak_step = 2, FAST_TABLE
 };
+static const struct kernels table_amx = {
+    .name = "avx512bf16+amx", .bf16_dot = true, .bf16_rows = AMX_ROWS, .bf16_blocks = AMX_BLOCKS, .gemm_bf16_wbf16 = amx_gemm,
+    .peak = amx_peak, .peak_flop = AMX_CHAINS * 16 * 16 * 32 * 2, .peak_step = 32, FAST_TABLE
+};
 
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -79,6 +84,15 @@ const struct kernels *kernels_avx512bf16(void)
 {
     return kernels_avx512() != NULL && __builtin_cpu_supports("avx512bf16") ? &table_bf16 : NULL;
 }
+
+const struct kernels *kernels_amx(const char **why)
+{
+    *why = NULL;
+    if (kernels_avx512bf16() == NULL || !amx_usable())
+        return NULL;
+    *why = amx_check(amx_gemm);
+    return *why == NULL ? &table_amx : NULL;
+}
 #else
 const struct kernels *kernels_avx512(void)
 {
@@ -87,6 +101,12 @@ const struct kernels *kernels_avx512(void)
 
 const struct kernels *kernels_avx512bf16(void)
 {
+    return NULL;
+}
+
+const struct kernels *kernels_amx(const char **why)
+{
+    *why = NULL;
     return NULL;
 }
 #endif

@@ -12,7 +12,9 @@ struct mm_job {
     const struct kernels *k;
     enum x_kind x_kind;
     uint32_t row0, n_rows;          /* rows of this pass */
-    const char *packed;             /* tiles of max_rows rows, the last one shorter */
+    unsigned tile_rows;             /* of a full tile */
+    bool row_tiles;                 /* x packed as amx.h says */
+    const char *packed;             /* tiles of tile_rows rows, the last one shorter */
     size_t row_bytes;               /* packed bytes of one row */
     void (*gemm)(const void *x, unsigned rows, int64_t k2, const void *w, size_t block_bytes, unsigned blocks, float *out);
 
@@ -45,6 +47,17 @@ static const void *pack_source(const struct mm_job *j, uint32_t row, float *area
     return h;
 }
 
+/* Packs one tile as [ceil(k2 / 16)][rows][16][2] bf16, zeros behind the last k. */
+static void pack_row_tile(const char *const *src, unsigned rows, int64_t k, char *out)
+{
+    for (int64_t at = 0; at < k; at += 32)
+        for (unsigned r = 0; r < rows; r++, out += 64) {
+            size_t n = k - at < 32 ? (size_t)(k - at) * 2 : 64;
+            memcpy(out, src[r] + at * 2, n);
+            memset(out + n, 0, 64 - n);
+        }
+}
+
 /* Packs one tile as [k2][rows][2]; a missing last k is zero. tmp holds rows * (k + 1) floats. */
 static void pack_tile(const struct mm_job *j, uint32_t row0, unsigned rows, char *out, float *tmp)
 {
@@ -53,6 +66,10 @@ static void pack_tile(const struct mm_job *j, uint32_t row0, unsigned rows, char
     const char *src[CPU_MAX_ROWS];
     for (unsigned r = 0; r < rows; r++)
         src[r] = pack_source(j, row0 + r, tmp + r * (k + 1));
+    if (j->row_tiles) {
+        pack_row_tile(src, rows, k, out);
+        return;
+    }
     if (elem == 2)
         for (int64_t i = 0; i < k / 2; i++)
             for (unsigned r = 0; r < rows; r++)
@@ -71,7 +88,7 @@ static void pack_tile(const struct mm_job *j, uint32_t row0, unsigned rows, char
 static void pack_job(void *arg, unsigned part, unsigned n_parts)
 {
     const struct mm_job *j = arg;
-    unsigned mr = j->k->max_rows;
+    unsigned mr = j->tile_rows;
     int64_t tiles = (j->n_rows + mr - 1) / mr;
     for (int64_t t = part_begin(tiles, part, n_parts); t < part_begin(tiles, part + 1, n_parts); t++) {
         uint32_t first = (uint32_t)t * mr, rows = j->n_rows - first < mr ? j->n_rows - first : mr;
@@ -117,8 +134,8 @@ static void mm_job(void *arg, unsigned part, unsigned n_parts)
     const struct mm_job *j = arg;
     const struct mm *m = j->m;
     const struct arle_weight *w = m->w;
-    unsigned mr = j->k->max_rows, unit = m->form == MM_GATE ? 2 : 1;
-    unsigned group = j->k->tile_blocks[j->n_rows < mr ? j->n_rows : mr];
+    unsigned mr = j->tile_rows, unit = m->form == MM_GATE ? 2 : 1;
+    unsigned group = j->row_tiles ? j->k->bf16_blocks : j->k->tile_blocks[j->n_rows < mr ? j->n_rows : mr];
     int64_t units = w->n_blocks / unit, end = part_begin(units, part + 1, n_parts) * unit;
     _Alignas(64) float acc[CPU_MAX_ROWS * CPU_TILE_COLS];
     if (group < unit)
@@ -156,7 +173,7 @@ static void mm_job(void *arg, unsigned part, unsigned n_parts)
 static void plan_panels(struct mm_job *j)
 {
     const struct arle_weight *w = j->m->w;
-    unsigned mr = j->k->max_rows, unit = j->m->form == MM_GATE ? 2 : 1;
+    unsigned mr = j->tile_rows, unit = j->m->form == MM_GATE ? 2 : 1;
     int64_t tiles = (j->n_rows + mr - 1) / mr, want = 12 * (int64_t)j->dev->n_threads;
     j->item_blocks = PANEL_BLOCKS;
     while (j->item_blocks > unit && w->n_blocks / j->item_blocks < want)
@@ -191,7 +208,7 @@ static const float *panel_block(const struct mm_job *j, int64_t block, int64_t k
 static void panel_item(const struct mm_job *j, int64_t item, char *scratch)
 {
     const struct arle_weight *w = j->m->w;
-    unsigned mr = j->k->max_rows;
+    unsigned mr = j->tile_rows;
     int64_t block = item % j->n_cols * j->item_blocks;
     unsigned blocks = w->n_blocks - block < j->item_blocks ? (unsigned)(w->n_blocks - block) : j->item_blocks;
     uint32_t r0 = (uint32_t)(item / j->n_cols * j->item_tiles) * mr, r1 = r0 + (uint32_t)j->item_tiles * mr;
@@ -228,7 +245,7 @@ static void count_path(struct mm_job *j)
         { "reference", N_linear_ref }, { "avx2", N_linear_avx2 }, { "avx512", N_linear_avx512 },
     };
     if (j->x_kind == X_BF16)
-        count(j->dev, N_linear_avx512bf16, 1);
+        count(j->dev, j->row_tiles ? N_linear_amx : N_linear_avx512bf16, 1);
     else
         for (size_t i = 0; i < sizeof paths / sizeof *paths; i++)
             if (strncmp(paths[i].name, j->k->name, strlen(paths[i].name)) == 0 && strlen(j->k->name) == strlen(paths[i].name))
@@ -249,20 +266,23 @@ void mm_run(struct arle_device *dev, const struct mm *m)
         return;
     j.x_kind = bf16_weight && m->dtype == ARLE_BF16 && k->bf16_dot ? X_BF16 : X_F32;
     j.gemm = j.x_kind == X_BF16 ? k->gemm_bf16_wbf16 : bf16_weight ? k->gemm_f32_wbf16 : k->gemm_f32_wf32;
-    j.row_bytes = (size_t)m->w->k2 * 2 * (j.x_kind == X_BF16 ? 2 : 4);
+    j.row_tiles = j.x_kind == X_BF16 && k->bf16_rows != 0;
+    j.tile_rows = j.row_tiles ? k->bf16_rows : k->max_rows;
+    int64_t packed_k2 = j.row_tiles ? (m->w->k2 + 15) / 16 * 16 : m->w->k2;
+    j.row_bytes = (size_t)packed_k2 * 2 * (j.x_kind == X_BF16 ? 2 : 4);
     count_path(&j);
-    size_t fit = CPU_PACK_BYTES / j.row_bytes / k->max_rows * k->max_rows;     /* one tile at least: see weight.c */
-    uint32_t most = fit > 1024 ? 1024 / k->max_rows * k->max_rows : (uint32_t)fit;
+    size_t fit = CPU_PACK_BYTES / j.row_bytes / j.tile_rows * j.tile_rows;     /* one tile at least: see weight.c */
+    uint32_t most = fit > 1024 ? 1024 / j.tile_rows * j.tile_rows : (uint32_t)fit;
     for (j.row0 = 0; j.row0 < m->n_rows; j.row0 += j.n_rows) {
         const char *x = mm_x_row(m, j.row0);
         j.n_rows = m->n_rows - j.row0 < most ? m->n_rows - j.row0 : most;
         double elems = (double)m->w->n_blocks * CPU_BLOCK * (double)m->w->k;
         bool panels = k->gemm_panel != NULL && j.x_kind == X_F32 && j.n_rows >= PANEL_MIN_ROWS;
         j.packed = dev->pack;
-        if (m->n_rows == 1 && m->w->k % 2 == 0 && !m->w->act_quant && (j.x_kind == X_BF16 || m->dtype == ARLE_F32))
+        if (m->n_rows == 1 && m->w->k == packed_k2 * 2 && !m->w->act_quant && (j.x_kind == X_BF16 || m->dtype == ARLE_F32))
             j.packed = x;               /* a single row is packed as it is */
         else
-            run_parts(dev, j.n_rows < 2 * k->max_rows ? 0 : j.n_rows * (double)m->w->k * 0.3, pack_job, &j);
+            run_parts(dev, j.n_rows < 2 * j.tile_rows ? 0 : j.n_rows * (double)m->w->k * 0.3, pack_job, &j);
         if (panels) {
             plan_panels(&j);
             count(dev, N_linear_panel, 1);
