@@ -125,6 +125,7 @@ struct kernels {
     void (*sincos)(int64_t n, float pos, const float *inv_freq, float scale, float *cs);
     void (*rope)(const struct rope_args *a, float *x);
     void (*attn)(const struct attn_block *b);
+    bool attn_f32;              /* attn is faster on f32 keys and values, by enough to widen bf16 for several query vectors */
     /* o *= 1 / l, times sigmoid(gate) when gate is not NULL (act type), rounded to out */
     void (*attn_finish)(int64_t n, const float *o, float l, const void *gate, void *out, uint32_t dtype);
     void (*dequant)(const void *codes, const void *scales, uint32_t kv_dtype, unsigned head_dim, float *out);

@@ -65,7 +65,7 @@ static void avx2_gemm_panel(const float *x, unsigned rows, int64_t k2, const flo
 }
 
 static const struct kernels table = {
-    .name = "avx2", .to_panel = avx2_to_panel, .gemm_panel = avx2_gemm_panel, FAST_PEAK, FAST_TABLE
+    .name = "avx2", .to_panel = avx2_to_panel, .gemm_panel = avx2_gemm_panel, .attn_f32 = true, FAST_PEAK, FAST_TABLE
 };
 
 #if defined(__clang__)
