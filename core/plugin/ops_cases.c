@@ -1170,6 +1170,7 @@ const struct ops_case ops_cases[] = {
     { "moe_experts weight first, limit", run_experts, { 5, 4, 2, 40, 33, ARLE_F32, 1 | 4, 20 } },
     { "moe_experts plain", run_experts, { 30, 3, 1, 32, 64, ARLE_BF16, 0 } },
     { "moe_experts fp4", run_experts, { 6, 4, 2, 64, 32, ARLE_U8, 1 } },
+    { "moe_experts fp4, 70 tokens", run_experts, { 70, 4, 2, 288, 96, ARLE_U8, 1 } },
     { "moe_experts 1 token, aligned", run_experts, { 1, 16, 4, 128, 64, ARLE_BF16, 2 | 4 | 8 } },
     { "moe_experts 19 tokens, aligned", run_experts, { 19, 8, 3, 48, 24, ARLE_BF16, 2 | 4 | 8 } },
     { "moe_experts 300 tokens, aligned", run_experts, { 300, 6, 2, 64, 40, ARLE_BF16, 4 } },

@@ -1,6 +1,6 @@
 /*
- * Measured ceilings of the machine: how fast all threads together read memory, and how fast they multiply when everything is in
- * registers and first-level cache. Figures of merit are fractions of these.
+ * Measured ceilings of the machine: how fast all threads together read memory, and how fast they multiply and add when nothing
+ * leaves the registers. Neither runs a kernel of an op, so that a slow kernel cannot lower what it is compared with.
  */
 #include "cpu.h"
 
@@ -9,7 +9,9 @@
 #define READ_BYTES ((size_t)1 << 30)        /* far beyond any last-level cache */
 #define READ_SEGMENT ((size_t)128 << 20)    /* one timed pass: short, so that a busy machine leaves some passes alone */
 #define READ_PASSES 48                      /* a segment comes back after a gigabyte; both ways of reading see all of them */
-#define FLOP_PASSES 20
+#define FLOP_ROUNDS 65536                   /* times peak_step: every sum stays an integer that f32 holds */
+#define FLOP_PASSES 200
+#define FLOP_PASS_S 1e-3                   /* short, so that a busy machine leaves some passes alone */
 
 static double now_s(void)
 {
@@ -50,22 +52,40 @@ static void read_part(void *arg, unsigned part, unsigned n_parts)
 }
 
 struct flop_job {
-    struct arle_device *dev;
-    bool bf16;
-    int64_t k2;
+    const struct kernels *k;
     unsigned reps;
+    float start[CPU_PEAK_SUMS];
+    _Atomic bool wrong;
 };
 
-/* Full tiles over operands that stay in the first-level cache: what the kernels could do if memory were free. */
+/* The kernel set's fastest multiply-add on registers, no loads: what no matrix product can exceed. */
 static void flop_part(void *arg, unsigned part, unsigned n_parts)
 {
-    const struct flop_job *j = arg;
-    const struct kernels *k = j->dev->k;
-    char *x = thread_scratch(j->dev, part), *w = x + (1 << 18);
-    _Alignas(64) float acc[CPU_MAX_ROWS * CPU_TILE_COLS];
-    unsigned blocks = k->tile_blocks[k->max_rows];
+    struct flop_job *j = arg;
     for (unsigned r = 0; r < j->reps; r++)
-        (j->bf16 ? k->gemm_bf16_wbf16 : k->gemm_f32_wbf16)(x, k->max_rows, j->k2, w, (size_t)j->k2 * 64, blocks, acc);
+        if (j->k->peak(FLOP_ROUNDS, j->start) != (float)(FLOP_ROUNDS * j->k->peak_step))
+            atomic_store(&j->wrong, true);
+}
+
+static int flop_ceiling(struct arle_device *dev, double *out, struct arle_err *err)
+{
+    struct flop_job j = { .k = dev->k, .reps = 1 };
+    for (int i = 0; i < CPU_PEAK_SUMS; i++)
+        j.start[i] = (float)i;
+    double best = 1e9, t = now_s();
+    flop_part(&j, 0, 1);            /* wakes the vector units, and tells how often a pass must repeat */
+    t = now_s() - t;
+    j.reps = t < FLOP_PASS_S ? (unsigned)(FLOP_PASS_S / (t + 1e-6)) + 1 : 1;
+    for (int i = 0; i < FLOP_PASSES; i++) {
+        t = now_s();
+        pool_run(dev->pool, dev->n_threads, flop_part, &j);
+        t = now_s() - t;
+        best = t < best ? t : best;
+    }
+    if (j.wrong)
+        return arle_err_set(err, -EIO, "%s: the multiply-adds of the ceiling add up to something else", dev->k->name);
+    *out = (double)dev->k->peak_flop * FLOP_ROUNDS * j.reps * dev->n_threads / best;
+    return 0;
 }
 
 int cpu_ceiling(struct arle_device *dev, double *read_bytes_s, double *bf16_flop_s, struct arle_err *err)
@@ -86,18 +106,5 @@ int cpu_ceiling(struct arle_device *dev, double *read_bytes_s, double *bf16_flop
     }
     pages_free(data, READ_BYTES);
     *read_bytes_s = (double)READ_SEGMENT / best;
-
-    struct flop_job fj = { .dev = dev, .bf16 = dev->k->bf16_dot, .k2 = 128, .reps = dev->k == &kernels_ref ? 20 : 4000 };
-    for (unsigned i = 0; i < dev->n_threads; i++)
-        memset(thread_scratch(dev, i), 0, 1 << 20);
-    best = 1e9;
-    for (int i = 0; i < FLOP_PASSES; i++) {
-        double t = now_s();
-        pool_run(dev->pool, dev->n_threads, flop_part, &fj);
-        t = now_s() - t;
-        best = t < best ? t : best;
-    }
-    double flop = 2.0 * dev->k->max_rows * dev->k->tile_blocks[dev->k->max_rows] * CPU_BLOCK * 2.0 * (double)fj.k2 * fj.reps;
-    *bf16_flop_s = flop * dev->n_threads / best;
-    return 0;
+    return flop_ceiling(dev, bf16_flop_s, err);
 }

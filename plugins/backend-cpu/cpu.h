@@ -25,13 +25,14 @@
 #endif
 
 #define CPU_BLOCK 16            /* columns of a packed weight block */
-#define CPU_MAX_ROWS 16         /* upper bound of kernels.max_rows */
+#define CPU_MAX_ROWS 32         /* upper bound of kernels.max_rows and bf16_rows */
 #define CPU_TILE_COLS 128       /* upper bound of the columns of one tile */
 #define CPU_KEY_BLOCK 32        /* keys of one attention block; blocks start at absolute multiples */
 #define CPU_KEY_SPLIT 512       /* keys whose softmax is summed before merging; splits start at absolute multiples */
 #define CPU_MAX_HEAD 512        /* largest head_dim of attention */
 #define CPU_MAX_QVEC 64         /* query vectors of one attention work item */
 #define CPU_GDN_COLS 64         /* value columns of one slice of a delta-net state */
+#define CPU_PEAK_SUMS 2048      /* upper bound of the sums of kernels.peak */
 
 /* ---- thread pool (pool.c) ------------------------------------------------------------------------------------------ */
 
@@ -91,6 +92,13 @@ struct kernels {
     unsigned max_rows;                          /* rows of a full tile of a matrix product */
     unsigned tile_blocks[CPU_MAX_ROWS + 1];     /* column blocks to hand over at once, by rows */
     bool bf16_dot;                              /* gemm_bf16 exists: bf16 activations stay bf16 */
+    unsigned bf16_rows, bf16_blocks;            /* 0, or gemm_bf16 has tiles of its own: rows, blocks, x packed as amx.h says */
+
+    /* `rounds` rounds of the set's fastest multiply-add on registers alone, peak_flop operations each: chains of sums that begin at
+     * start[0..CPU_PEAK_SUMS) and grow by peak_step in a round. start[i] is i, which the compiler must not know: it would make one
+     * chain of all. Returns the growth, or NaN when two sums differ. Exact while sums stay below 2^24. */
+    float (*peak)(int64_t rounds, const float *start);
+    unsigned peak_flop, peak_step;
 
     /* Matrix tiles: out[r][c] = sum_k x[r][k] w[c][k] for `rows` packed rows and `blocks` column blocks. k2 = ceil(K / 2).
      * x packed as [k2][rows][2]; w as blocks of [k2][16][2] (bf16) or [k2][2][16] (f32), block_bytes apart. out is
@@ -98,6 +106,12 @@ struct kernels {
     void (*gemm_f32_wbf16)(const void *x, unsigned rows, int64_t k2, const void *w, size_t block_bytes, unsigned blocks, float *out);
     void (*gemm_f32_wf32)(const void *x, unsigned rows, int64_t k2, const void *w, size_t block_bytes, unsigned blocks, float *out);
     void (*gemm_bf16_wbf16)(const void *x, unsigned rows, int64_t k2, const void *w, size_t block_bytes, unsigned blocks, float *out);
+    /* For many rows, or NULL: to_panel makes f32 of k2 pairs of a bf16 block, [k2][16][2] -> [k2][2][16]. gemm_panel is gemm_f32_wf32
+     * with a pointer per block; with `more` the sums go on from what out holds, so that k may be cut anywhere between pairs. The
+     * next call's x is `ahead` bytes further. */
+    void (*to_panel)(const void *w, int64_t k2, float *out);
+    void (*gemm_panel)(const float *x, unsigned rows, int64_t k2, const float *const *w, unsigned blocks, bool more,
+                       size_t ahead, float *out);
     /* y[c] = round(acc[c] (+ y[c])), c < n, of act type or f32. */
     void (*store_row)(const float *acc, int64_t n, void *y, uint32_t dtype, bool accumulate);
     /* out[c] = round(silu(g) * u), both rounded first when round_in; limit as in ops.h; times weight unless it is 1. */
@@ -111,6 +125,7 @@ struct kernels {
     void (*sincos)(int64_t n, float pos, const float *inv_freq, float scale, float *cs);
     void (*rope)(const struct rope_args *a, float *x);
     void (*attn)(const struct attn_block *b);
+    bool attn_f32;              /* attn is faster on f32 keys and values, by enough to widen bf16 for several query vectors */
     /* o *= 1 / l, times sigmoid(gate) when gate is not NULL (act type), rounded to out */
     void (*attn_finish)(int64_t n, const float *o, float l, const void *gate, void *out, uint32_t dtype);
     void (*dequant)(const void *codes, const void *scales, uint32_t kv_dtype, unsigned head_dim, float *out);
@@ -141,11 +156,13 @@ extern const struct kernels kernels_ref;
 const struct kernels *kernels_avx2(void);
 const struct kernels *kernels_avx512(void);
 const struct kernels *kernels_avx512bf16(void);
+/* avx512bf16 with bf16 products in AMX tiles. NULL too when the instructions fail the check of amx.h, with *why set. */
+const struct kernels *kernels_amx(const char **why);
 
 /* ---- device -------------------------------------------------------------------------------------------------------- */
 
 #define CPU_COUNTERS(X) \
-    X(linear_ref) X(linear_avx2) X(linear_avx512) X(linear_avx512bf16) X(linear_gemv) X(linear_gemm) X(linear_f32_weight) \
+    X(linear_ref) X(linear_avx2) X(linear_avx512) X(linear_avx512bf16) X(linear_amx) X(linear_gemv) X(linear_gemm) X(linear_f32_weight) X(linear_panel) \
     X(gate_up) X(embed) X(rmsnorm) X(silu_mul) X(attn_prepare) X(attn_tile) X(attn_split) X(attn_quant) X(gdn_decode) X(gdn_prefill) \
     X(moe_route) X(moe_experts) X(seq_shift) X(sample_argmax) X(sample_draw) X(sample_edit) X(parallel_ops) X(copied_bytes) \
     X(hc_pre) X(compress) X(index_all) X(index_scored) X(linear_fp4) X(attn_latent)
@@ -154,6 +171,7 @@ enum counter_id { CPU_COUNTERS(CPU_COUNTER_ENUM_) N_COUNTERS };
 
 #define CPU_THREAD_SCRATCH ((size_t)26 << 20)   /* per thread; committed by the kernel only as it is touched */
 #define CPU_PACK_BYTES ((size_t)16 << 20)       /* packed activations of one matrix product; partial results of attention */
+#define CPU_MAX_K ((int64_t)(CPU_PACK_BYTES / 4 / CPU_MAX_ROWS))    /* columns of a weight: one tile of rows must fit */
 #define CPU_MAX_VOCAB 1000000u
 
 struct cpu_ctx {
@@ -224,7 +242,7 @@ uint64_t cpu_weight_predict(struct arle_device *dev, const struct arle_weight_de
 /** Row `row` of a packed weight of role EMBED or LINEAR as act values. */
 void weight_row(const struct arle_weight *w, int64_t row, void *out, uint32_t dtype);
 
-/* ---- matrix products (ops_linear.c) -------------------------------------------------------------------------------- */
+/* ---- matrix products (mm.c) -------------------------------------------------------------------------------- */
 
 enum mm_form { MM_STORE, MM_GATE };     /* gate: silu(gate) * up of a GATE_UP weight */
 

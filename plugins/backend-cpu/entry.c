@@ -13,8 +13,10 @@ static const struct arle_conf_key keys[] = {
       .help = "Worker threads, the engine's own included; 0 takes one per CPU that the process may run on." },
     { .name = "pin", .type = ARLE_CONF_BOOL, .def = "no", .unit = "",
       .help = "Bind each worker and the engine thread to a CPU of its own." },
-    { .name = "isa", .type = ARLE_CONF_ENUM, .def = "auto", .choices = "auto|reference|avx2|avx512|avx512bf16", .unit = "",
-      .help = "Instruction set of the kernels; auto takes the best that this machine has, reference is plain C." },
+    { .name = "isa", .type = ARLE_CONF_ENUM, .def = "auto", .choices = "auto|reference|avx2|avx512|avx512bf16|amx",
+      .unit = "",
+      .help = "Instruction set of the kernels; auto takes the best that this machine has, reference is plain C, "
+              "amx is avx512bf16 with matrix tiles, and avx512bf16 leaves these alone." },
     { .name = "compute", .type = ARLE_CONF_ENUM, .def = "auto", .choices = "auto|f32|bf16", .unit = "",
       .help = "Type of activations; auto is bf16 where the machine multiplies bf16 directly, else f32." },
     { .name = NULL },
@@ -28,9 +30,23 @@ static unsigned allowed_cpus(void)
     return 1;
 }
 
-static int choose_kernels(const char *isa, const struct kernels **out, struct arle_err *err)
+/* The best set of the machine. *why: the better one that was passed over, for the log. */
+static const struct kernels *best_kernels(const char **why)
+{
+    const struct kernels *k = kernels_amx(why);
+    if (k == NULL)
+        k = kernels_avx512bf16();
+    if (k == NULL)
+        k = kernels_avx512();
+    if (k == NULL)
+        k = kernels_avx2();
+    return k != NULL ? k : &kernels_ref;
+}
+
+static int choose_kernels(const struct arle_host *host, const char *isa, const struct kernels **out, struct arle_err *err)
 {
     const struct kernels *k = NULL;
+    const char *why = NULL;
     if (strcmp(isa, "reference") == 0)
         k = &kernels_ref;
     else if (strcmp(isa, "avx2") == 0)
@@ -39,11 +55,19 @@ static int choose_kernels(const char *isa, const struct kernels **out, struct ar
         k = kernels_avx512();
     else if (strcmp(isa, "avx512bf16") == 0)
         k = kernels_avx512bf16();
+    else if (strcmp(isa, "amx") == 0)
+        k = kernels_amx(&why);
     else
-        k = kernels_avx512bf16() ? kernels_avx512bf16() : kernels_avx512() ? kernels_avx512()
-            : kernels_avx2() ? kernels_avx2() : &kernels_ref;
+        k = best_kernels(&why);
     if (k == NULL)
-        return arle_err_param(err, -ENOTSUP, "isa", "isa = %s: this machine or this build lacks the instructions; use auto", isa);
+        return arle_err_param(err, -ENOTSUP, "isa", "isa = %s: %s; use auto", isa,
+                              why ? why : "this machine or this build lacks the instructions");
+    const struct arle_log_service *log = why != NULL && host != NULL ? arle_host_log(host) : NULL;
+    if (log != NULL) {
+        char fields[160];
+        snprintf(fields, sizeof fields, "using=%s reason=\"%s\"", k->name, why);
+        log->write(ARLE_LOG_WARN, "cpu", "AMX left alone", fields);
+    }
     *out = k;
     return 0;
 }
@@ -51,7 +75,7 @@ static int choose_kernels(const char *isa, const struct kernels **out, struct ar
 static int cpu_probe(const struct arle_host *host, struct arle_probe *out, struct arle_err *err)
 {
     const struct kernels *k = NULL;
-    int r = choose_kernels("auto", &k, err);
+    int r = choose_kernels(NULL, "auto", &k, err);
     if (r < 0)
         return r;
     out->usable = 1;
@@ -76,7 +100,7 @@ static int cpu_open(const struct arle_host *host, const struct arle_conf *conf, 
     }
     cx->host = host;
     cx->compute = strcmp(compute, "f32") == 0 ? ARLE_F32 : strcmp(compute, "bf16") == 0 ? ARLE_BF16 : 0;
-    int r = choose_kernels(isa, &cx->k, err);
+    int r = choose_kernels(host, isa, &cx->k, err);
     if (r == 0)
         r = pool_create(threads > 0 ? (unsigned)threads : allowed_cpus(), pin, &cx->pool, err);
     if (r < 0) {
@@ -147,7 +171,7 @@ ARLE_EXPORT extern const struct arle_plugin arle_plugin_v1;
 const struct arle_plugin arle_plugin_v1 = {
     ARLE_PLUGIN_HEAD(ARLE_KIND_BACKEND),
     .name = "backend-cpu", .version = "0.1.0", .license = "MIT",
-    .summary = "Runs models on the CPU: plain C reference, AVX2, AVX-512 and AVX-512 BF16 kernels.",
+    .summary = "Runs models on the CPU: plain C reference, AVX2, AVX-512, AVX-512 BF16 and AMX kernels.",
     .keys = keys,
     .probe = cpu_probe, .open = cpu_open, .close = cpu_close,
     .ops = &cpu_api,

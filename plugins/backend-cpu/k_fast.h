@@ -679,6 +679,34 @@ static void FAST(widen)(const uint8_t *codes, const uint8_t *scales, int64_t n_g
     }
 }
 
+/* ---- ceiling -------------------------------------------------------------------------------------------------------- */
+
+/* By how much the sums of all lanes have grown, or NaN when they disagree. */
+static INLINE float peak_end(const vf *acc, unsigned n, const float *start)
+{
+    vf low = vf_sub(acc[0], vf_load(start)), high = low;
+    UNROLL for (unsigned i = 1; i < n; i++) {
+        vf grown = vf_sub(acc[i], vf_load(start + 16 * i));
+        low = vf_min(low, grown);
+        high = vf_max(high, grown);
+    }
+    float top = vf_hmax(high), bottom = -vf_hmax(vf_sub(vf_zero(), low));
+    return top == bottom ? top : NAN;
+}
+
+/* As many chains as a full tile of a matrix product has registers for: 12, and 8 keep two units of latency 4 busy. */
+static float FAST(peak)(int64_t rounds, const float *start)
+{
+    vf acc[VEC_ROWS], one = vf_set1(start[1]);
+    UNROLL for (unsigned i = 0; i < VEC_ROWS; i++)
+        acc[i] = vf_load(start + 16 * i);
+    for (int64_t k = 0; k < rounds; k++)
+        UNROLL for (unsigned i = 0; i < VEC_ROWS; i++)
+            acc[i] = vf_fma(one, one, acc[i]);
+    return peak_end(acc, VEC_ROWS, start);
+}
+
+#define FAST_PEAK .peak = FAST(peak), .peak_flop = VEC_ROWS * 16 * 2, .peak_step = 1
 #define FAST_TABLE \
     .max_rows = VEC_ROWS, \
     .tile_blocks = { 0, VEC_BLOCKS(1), VEC_BLOCKS(2), VEC_BLOCKS(3), VEC_BLOCKS(4), VEC_BLOCKS(5), VEC_BLOCKS(6), VEC_BLOCKS(7), \

@@ -228,13 +228,17 @@ static void load_queries(const struct attn_job *j, const struct attn_item *it)
         }
 }
 
-/* Points a block at keys [j0, j1), unpacking quantised ones. */
+#define WIDEN_VECTORS 16        /* half an item; decode rows have fewer and read the cache as it is */
+
+/* Points a block at keys [j0, j1), unpacking quantised ones, and bf16 where the kernel would rather unpack once than for every few
+ * query vectors: the values are the same. */
 static void load_keys(const struct attn_job *j, const struct attn_item *it, int64_t j0, int64_t j1, struct attn_block *blk)
 {
     const struct arle_attn_paged_args *a = j->a;
     unsigned hd = a->head_dim, n_vec = 2 * a->n_kv;
     size_t cb = code_bytes(a->kv.dtype, hd), sb = scale_bytes(a->kv.dtype, hd);
-    bool plain = a->kv.dtype == ARLE_F32 || a->kv.dtype == ARLE_BF16;
+    bool widen = a->kv.dtype == ARLE_BF16 && j->dev->k->attn_f32 && it->rows * it->heads >= WIDEN_VECTORS;
+    bool plain = a->kv.dtype == ARLE_F32 || (a->kv.dtype == ARLE_BF16 && !widen);
     blk->n_keys = (unsigned)(j1 - j0);
     blk->dtype = plain ? a->kv.dtype : ARLE_F32;
     for (unsigned i = 0; i < blk->n_keys; i++) {
@@ -246,10 +250,15 @@ static void load_keys(const struct attn_job *j, const struct attn_item *it, int6
             continue;
         }
         float *kf = it->kbuf + (size_t)i * hd, *vf = it->vbuf + (size_t)i * hd;
-        j->dev->k->dequant(kc, scales + it->kv_head * sb, a->kv.dtype, hd, kf);
-        j->dev->k->dequant(vc, scales + (a->n_kv + it->kv_head) * sb, a->kv.dtype, hd, vf);
         blk->k[i] = kf;
         blk->v[i] = vf;
+        if (widen) {
+            j->dev->k->to_f32(kc, ARLE_BF16, hd, kf);
+            j->dev->k->to_f32(vc, ARLE_BF16, hd, vf);
+            continue;
+        }
+        j->dev->k->dequant(kc, scales + it->kv_head * sb, a->kv.dtype, hd, kf);
+        j->dev->k->dequant(vc, scales + (a->n_kv + it->kv_head) * sb, a->kv.dtype, hd, vf);
     }
 }
 

@@ -5,7 +5,7 @@
 #define CPU_VEC_H
 
 #define VEC_ROWS 6              /* 6 rows x 1 block: 12 of 16 registers hold sums */
-#define VEC_ACC 4
+#define VEC_ACC 4               /* vf_sums adds four */
 #define VEC_GDN 2
 #define VEC_PV_Q 2
 #define VEC_PV_D 2
@@ -130,10 +130,19 @@ static INLINE float vf_hmax(vf v)
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
 
+static INLINE __m128 half_sum(vf v)
+{
+    __m256 x = _mm256_add_ps(v.a, v.b);
+    return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+}
+
+/* Four sums side by side, each added in the order of vf_sum. */
 static INLINE void vf_sums(const vf *acc, float *out)
 {
-    for (int i = 0; i < VEC_ACC; i++)
-        out[i] = vf_sum(acc[i]);
+    __m128 a = half_sum(acc[0]), b = half_sum(acc[1]), c = half_sum(acc[2]), d = half_sum(acc[3]);
+    __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));       /* a02 b02 a13 b13 */
+    __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
 }
 
 static INLINE void load4_half(const float *p, __m256 out[4])

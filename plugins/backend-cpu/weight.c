@@ -274,7 +274,7 @@ int cpu_weight_create(struct arle_device *dev, const struct arle_weight_desc *d,
     int r = plan(d, &shape, err);
     if (r < 0)
         return r;
-    if (d->role != ARLE_W_VECTOR && (size_t)d->k * 4 > CPU_THREAD_SCRATCH)
+    if (d->role != ARLE_W_VECTOR && d->k >= CPU_MAX_K)
         return arle_err_set(err, -EINVAL, "%s: %lld columns are more than this backend handles", d->name ? d->name : "weight",
                             (long long)d->k);
     struct arle_weight *w = malloc(sizeof *w);

@@ -2,7 +2,9 @@
  * Speed of backend-cpu's ops at the shapes of a small published model (hidden 1024, MLP 3584, vocabulary 248320, bf16), as JSON
  * lines: best and median of the runs, and the fraction of the ceiling measured beside it.
  *
- *   bench_cpu_ops [backend-cpu.so [only=WORD] [key=value ...]]          only: ops whose name starts with WORD
+ *   bench_cpu_ops [backend-cpu.so [only=WORD] [clock=cpu] [key=value ...]]      only: ops whose name starts with WORD
+ *
+ * clock=cpu counts processor time, with threads=1 what the op takes on a machine that does nothing else, but for shared caches.
  */
 #include "ops_cases.h"
 
@@ -19,11 +21,12 @@ static struct ops_backend b;
 static double read_ceiling, flop_ceiling;
 static uint32_t act = ARLE_BF16;
 static const char *only = "";
+static clockid_t clock_id = CLOCK_MONOTONIC;
 
 static double now(void)
 {
     struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
+    clock_gettime(clock_id, &ts);
     return (double)ts.tv_sec + (double)ts.tv_nsec * 1e-9;
 }
 
@@ -238,6 +241,10 @@ int main(int argc, char **argv)
         *eq = '\0';
         if (strcmp(argv[i], "only") == 0) {
             only = eq + 1;
+            continue;
+        }
+        if (strcmp(argv[i], "clock") == 0) {
+            clock_id = strcmp(eq + 1, "cpu") == 0 ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC;
             continue;
         }
         conf[n++] = argv[i];

@@ -69,7 +69,7 @@ static void tiny_f32(void) { golden(0, ARLE_F32, &f32); }
 static void micro_f32(void) { golden(1, ARLE_F32, &f32); }
 static void moe_f32(void) { golden(2, ARLE_F32, &f32); }
 static void tiny_bf16(void) { golden(0, ARLE_BF16, &bf16); }
-/* Instruction sets add in other orders and round in other places; none may drift. Those that the machine lacks fall back. */
+/* Instruction sets add in other orders and round in other places; none may drift. Those that the machine lacks are skipped. */
 static void tiny_bf16_with(const char *isa)
 {
     extra_set = isa;
@@ -79,6 +79,7 @@ static void tiny_bf16_with(const char *isa)
 static void tiny_bf16_on_reference(void) { tiny_bf16_with("backend-cpu.isa=reference"); }
 static void tiny_bf16_on_avx2(void) { tiny_bf16_with("backend-cpu.isa=avx2"); }
 static void tiny_bf16_on_avx512(void) { tiny_bf16_with("backend-cpu.isa=avx512"); }
+static void tiny_bf16_on_amx(void) { tiny_bf16_with("backend-cpu.isa=amx"); }
 static void micro_bf16(void) { golden(1, ARLE_BF16, &bf16); }
 static void moe_bf16(void) { golden(2, ARLE_BF16, &bf16); }
 
@@ -369,6 +370,7 @@ int main(int argc, char **argv)
     CASE(tiny_bf16_on_reference);
     CASE(tiny_bf16_on_avx2);
     CASE(tiny_bf16_on_avx512);
+    CASE(tiny_bf16_on_amx);
     CASE(micro_bf16);
     CASE(moe_bf16);
     CASE(same_bits_tiny_f32);

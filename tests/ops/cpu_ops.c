@@ -5,7 +5,7 @@
 #include "ops_cases.h"
 #include "tap.h"
 
-static const char *const isas[] = { "reference", "avx2", "avx512", "avx512bf16" };
+static const char *const isas[] = { "reference", "avx2", "avx512", "avx512bf16", "amx" };
 static const uint32_t dtypes[] = { ARLE_F32, ARLE_BF16 };
 static const char *isa, *threads;
 static struct ops_backend be;
@@ -138,17 +138,17 @@ static void padding_rows_do_not_leak(void)
 
 static void the_chosen_kernels_ran(void)
 {
-    static const char *const paths[] = { "linear_ref", "linear_avx2", "linear_avx512", "linear_avx512bf16" };
-    for (unsigned i = 0; i < 4; i++) {
+    static const char *const paths[] = { "linear_ref", "linear_avx2", "linear_avx512", "linear_avx512bf16", "linear_amx" };
+    for (unsigned i = 0; i < 5; i++) {
         uint64_t n = ops_counter(&be, paths[i]);
-        bool bf16 = strcmp(isa, "avx512bf16") == 0;     /* counts its f32 products under no level of their own */
         if (strcmp(isas[i], isa) == 0)
             EXPECT(n > 0);
-        else if (!bf16)
+        else                            /* the last two count their f32 products under no level of their own */
             EXPECT_EQ(n, 0);
     }
     EXPECT(ops_counter(&be, "linear_gemv") > 0);
     EXPECT(ops_counter(&be, "linear_gemm") > 0);
+    EXPECT_EQ(ops_counter(&be, "linear_panel") > 0, strcmp(isa, "avx2") == 0);
 }
 
 int main(int argc, char **argv)
