@@ -111,7 +111,11 @@ static void put_status_counts(struct sbuf *b, struct http_server *srv)
     X("arle_kv_disk_user_bytes_total", "counter", "Bytes given to the disk tier.", kv.disk_user_bytes) \
     X("arle_kv_disk_written_bytes_total", "counter", "Bytes that the disk tier wrote for them.", kv.disk_written_bytes) \
     X("arle_kv_host_bytes", "gauge", "Bytes in the host tier.", kv.host_bytes) \
-    X("arle_kv_disk_bytes", "gauge", "Bytes in the disk tier.", kv.disk_bytes)
+    X("arle_kv_disk_bytes", "gauge", "Bytes in the disk tier.", kv.disk_bytes) \
+    X("arle_calls_kept", "gauge", "Tool calls whose sampled text is kept.", calls.calls) \
+    X("arle_calls_kept_bytes", "gauge", "Memory of kept tool calls.", calls.bytes) \
+    X("arle_calls_recalled_total", "counter", "Tool calls of histories that rendered as sampled.", calls.recalled) \
+    X("arle_calls_unknown_total", "counter", "Tool calls of histories that rendered in the regular form.", calls.unknown)
 
 static void put_engines(struct sbuf *b, struct http_server *srv)
 {
@@ -122,32 +126,13 @@ static void put_engines(struct sbuf *b, struct http_server *srv)
         struct kv_stats kv = { 0 }; \
         engine_stat(srv->models[i]->engine, &st); \
         engine_kv_stat(srv->models[i]->engine, &kv); \
+        struct call_memory_stats calls; \
+        call_memory_stat(srv->models[i]->calls, &calls); \
         sbuf_str(b, metric "{model="); \
         sbuf_json_cstr(b, srv->models[i]->name); \
         sbuf_fmt(b, "} %.15g\n", (double)(value)); \
     }
     ENGINE_ROWS(ROW)
-#undef ROW
-}
-
-#define CALL_ROWS(X) \
-    X("arle_calls_kept", "gauge", "Tool calls whose sampled text is kept.", st.calls) \
-    X("arle_calls_kept_bytes", "gauge", "Memory of kept tool calls.", st.bytes) \
-    X("arle_calls_recalled_total", "counter", "Tool calls of histories that rendered as sampled.", st.recalled) \
-    X("arle_calls_unknown_total", "counter", "Tool calls of histories that rendered in the regular form.", st.unknown)
-
-static void put_calls(struct sbuf *b, struct http_server *srv)
-{
-#define ROW(metric, type, help, value) \
-    put_head(b, metric, type, help); \
-    for (size_t i = 0; i < srv->n_models; i++) { \
-        struct call_memory_stats st; \
-        call_memory_stat(srv->models[i]->calls, &st); \
-        sbuf_str(b, metric "{model="); \
-        sbuf_json_cstr(b, srv->models[i]->name); \
-        sbuf_fmt(b, "} %.15g\n", (double)(value)); \
-    }
-    CALL_ROWS(ROW)
 #undef ROW
 }
 
@@ -223,7 +208,6 @@ enum MHD_Result handle_metrics(struct conn *cn)
     put_histogram(&b, "arle_request_seconds", "From the request's arrival to its end.", &srv->total);
     put_status_counts(&b, srv);
     put_engines(&b, srv);
-    put_calls(&b, srv);
     put_moves(&b, srv);
     put_engine_hists(&b, srv);
     return reply_text(cn, 200, "text/plain; version=0.0.4; charset=utf-8", &b);
