@@ -4,20 +4,43 @@
  */
 #include "cpu.h"
 
+#include <sched.h>
 #include <time.h>
 
 #define READ_BYTES ((size_t)1 << 30)        /* far beyond any last-level cache */
 #define READ_SEGMENT ((size_t)128 << 20)    /* one timed pass: short, so that a busy machine leaves some passes alone */
 #define READ_PASSES 48                      /* a segment comes back after a gigabyte; both ways of reading see all of them */
 #define FLOP_ROUNDS 65536                   /* times peak_step: every sum stays an integer that f32 holds */
-#define FLOP_PASSES 200
-#define FLOP_PASS_S 1e-3                   /* short, so that a busy machine leaves some passes alone */
+#define FLOP_PASSES 400
+#define FLOP_PASS_S 1e-3                    /* short, so that a busy machine leaves some passes alone */
 
 static double now_s(void)
 {
     struct timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);
     return (double)ts.tv_sec + (double)ts.tv_nsec * 1e-9;
+}
+
+/* Sends the thread to the part's own CPU: a busy system may keep two threads of ours on one and never notice. Returns whether `old` must
+ * be restored; a pinned thread stays where it is. */
+static bool go_to_cpu(unsigned part, unsigned n_parts, cpu_set_t *old)
+{
+    cpu_set_t one;
+    if (sched_getaffinity(0, sizeof *old, old) != 0 || CPU_COUNT(old) < (int)n_parts)
+        return false;
+    for (int c = 0; c < CPU_SETSIZE; c++)
+        if (CPU_ISSET(c, old) && part-- == 0) {
+            CPU_ZERO(&one);
+            CPU_SET(c, &one);
+            return sched_setaffinity(0, sizeof one, &one) == 0;
+        }
+    return false;
+}
+
+static void come_back(bool moved, const cpu_set_t *old)
+{
+    if (moved)
+        sched_setaffinity(0, sizeof *old, old);
 }
 
 struct read_job {
@@ -48,13 +71,16 @@ static void read_part(void *arg, unsigned part, unsigned n_parts)
     struct read_job *j = arg;
     size_t n = j->bytes / 64 / n_parts;
     const char *p = j->data + n * 64 * part;
+    cpu_set_t old;
+    bool moved = go_to_cpu(part, n_parts, &old);
     atomic_fetch_add(&j->sink, j->four_streams ? read_lines(p, n, 4, 1536) : read_lines(p, n, 1, 4096));
+    come_back(moved, &old);
 }
 
 struct flop_job {
     const struct kernels *k;
     unsigned reps;
-    float start[CPU_PEAK_SUMS];
+    float start[CPU_PEAK_SUMS];     /* see kernels.peak */
     _Atomic bool wrong;
 };
 
@@ -62,9 +88,12 @@ struct flop_job {
 static void flop_part(void *arg, unsigned part, unsigned n_parts)
 {
     struct flop_job *j = arg;
+    cpu_set_t old;
+    bool moved = go_to_cpu(part, n_parts, &old);
     for (unsigned r = 0; r < j->reps; r++)
         if (j->k->peak(FLOP_ROUNDS, j->start) != (float)(FLOP_ROUNDS * j->k->peak_step))
             atomic_store(&j->wrong, true);
+    come_back(moved, &old);
 }
 
 static int flop_ceiling(struct arle_device *dev, double *out, struct arle_err *err)
