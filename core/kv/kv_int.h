@@ -98,22 +98,24 @@ struct kv_root { uint8_t salt[KV_SALT_BYTES]; int32_t node, tenant; };      /* n
 struct kv_tenant { uint8_t tag[16]; uint32_t n_roots, dev_snaps; int64_t dev_pages; int32_t head, tail; };
 
 struct kv_seq {
-    struct kv *kv;
-    struct kv_seq *prev, *next;         /* list of open sequences */
-    int32_t slot;                       /* -1 while parked */
+    /* Every step, one cache line: */
+    _Alignas(64) struct kv *kv;
     int32_t *tokens;                    /* [max_seq_tokens] */
-    uint32_t n_tokens, n_prompt, n_computed;
     int32_t *pages;                     /* block table [max_pages] */
+    uint32_t n_tokens, n_prompt, n_computed;
     uint32_t n_pages;
-    uint32_t cached;                    /* positions that were attached at open */
-    int32_t cursor;                     /* deepest full node of its path in the tree; -1 when nothing is remembered of it */
     uint32_t published;                 /* tokens up to the end of cursor */
+    int32_t cursor;                     /* deepest full node of its path in the tree; -1 when nothing is remembered of it */
+    int32_t slot;                       /* -1 while parked */
     bool mute;                          /* the tree was full: stop publishing */
+    bool parked, moving;                /* moving: ev is behind copies that use the host slots */
+    /* Now and then: */
+    struct kv_seq *prev, *next;         /* list of open sequences */
+    uint32_t cached;                    /* positions that were attached at open */
     int root;
     /* Parked, or host slots not yet given back: */
     int32_t *hpages; uint32_t n_hpages; /* host page slots [max_pages] */
     int32_t hstate;                     /* host state slot or -1 */
-    bool parked, moving;                /* moving: ev is behind copies that use the host slots */
     struct arle_event *ev;
     uint32_t last_snap;
     uint32_t marks[KV_MAX_MARKS], n_marks;      /* ascending snapshot positions */

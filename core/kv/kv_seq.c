@@ -12,11 +12,10 @@ static struct kv_seq *seq_new(struct kv *kv)
                               .slot = -1, .hstate = -1, .root = -1, .cursor = -1 };
         return s;
     }
-    s = calloc(1, sizeof *s);
+    s = aligned_alloc(_Alignof(struct kv_seq), sizeof *s);
     if (s == NULL)
         return NULL;
-    s->kv = kv;
-    s->slot = s->hstate = s->root = s->cursor = -1;
+    *s = (struct kv_seq){ .kv = kv, .slot = -1, .hstate = -1, .root = -1, .cursor = -1 };
     s->tokens = calloc(kv->cfg.max_seq_tokens, sizeof *s->tokens);
     s->pages = calloc(kv->max_pages, sizeof *s->pages);
     if (s->tokens == NULL || s->pages == NULL) {
@@ -368,12 +367,21 @@ int kv_seq_reserve(struct kv_seq *s, uint32_t n_tokens)
     struct kv *kv = s->kv;
     if (n_tokens > kv->cfg.max_seq_tokens)
         return -E2BIG;
+    if (n_tokens <= s->n_pages * kv->pt)
+        return 0;
     uint32_t need = pages_for(kv, n_tokens);
-    if (need > s->n_pages && !room_to_run(s, need - s->n_pages))
+    if (!room_to_run(s, need - s->n_pages))
         return -EAGAIN;
     while (s->n_pages < need)
         s->pages[s->n_pages++] = page_alloc(&kv->pages);
     return 0;
+}
+
+/* Whether there is a page more to publish than last time. */
+static bool page_complete(const struct kv_seq *s)
+{
+    uint32_t end = s->published + s->kv->pt;
+    return s->n_computed >= end && s->n_tokens >= end;
 }
 
 int kv_seq_push(struct kv_seq *s, int32_t token)
@@ -381,7 +389,7 @@ int kv_seq_push(struct kv_seq *s, int32_t token)
     if (s->n_tokens >= s->kv->cfg.max_seq_tokens)
         return -E2BIG;
     s->tokens[s->n_tokens++] = token;
-    if (s->n_computed >= s->n_tokens)           /* the engine ran ahead: this token's page may be complete now */
+    if (s->n_computed >= s->n_tokens && page_complete(s))       /* the engine ran ahead */
         tree_publish(s);
     return 0;
 }
@@ -391,7 +399,8 @@ void kv_seq_computed(struct kv_seq *s, uint32_t n)
     KV_CHECK(n >= s->n_computed && !s->parked);
     uint32_t from = s->n_computed;
     s->n_computed = n;
-    tree_publish(s);
+    if (page_complete(s))
+        tree_publish(s);
     if (s->kv->has_state && from < s->n_prompt && next_due(s, from) == n)
         tree_snapshot(s, n);
 }
@@ -607,8 +616,8 @@ int32_t kv_seq_slot(const struct kv_seq *s)
 
 void kv_seq_prefetch(const struct kv_seq *s)
 {
-    for (size_t i = 0; s != NULL && i < offsetof(struct kv_seq, marks); i += 64)
-        __builtin_prefetch((const char *)s + i);
+    if (s != NULL)
+        __builtin_prefetch(s);
 }
 
 void kv_seq_prefetch_end(const struct kv_seq *s)

@@ -169,6 +169,8 @@ static void table_remove(struct kv *kv, int32_t i)
 /* The full child of parent with these tokens: found by hash, believed by comparison. */
 static int32_t full_child(const struct kv *kv, int32_t parent, uint64_t hash, const int32_t *tokens)
 {
+    if (kv->nodes[parent].child < 0)        /* most answers walk where nobody was; the table would be a cache miss for nothing */
+        return -1;
     for (int32_t i = kv->table[hash & kv->table_mask]; i >= 0; i = kv->nodes[i].hnext)
         if (kv->nodes[i].hash == hash && kv->nodes[i].parent == parent
             && memcmp(node_toks(kv, i), tokens, kv->pt * sizeof *tokens) == 0)

@@ -30,17 +30,27 @@ void seq_flush_events(struct engine *e)
     e->n_touched = 0;
 }
 
-void seq_emit(struct engine *e, struct seq *sq, struct token_event *ev)
+static void touch(struct engine *e, struct request *rq)
 {
-    struct request *rq = sq->rq;
-    ev->index = sq->index;
-    ring_push(&rq->ring, ev);
     if (rq->touched)
         return;
     if (e->n_touched == e->cap_touched)
         seq_flush_events(e);
     rq->touched = true;
     e->touched[e->n_touched++] = rq;
+}
+
+void seq_emit(struct engine *e, struct seq *sq, struct token_event *ev)
+{
+    ev->index = sq->index;
+    ring_push(&sq->rq->ring, ev);
+    touch(e, sq->rq);
+}
+
+void seq_emit_token(struct engine *e, struct seq *sq, int32_t id, float logprob, float top_logit)
+{
+    ring_push_token(&sq->rq->ring, sq->index, id, sq->n_tokens, logprob, top_logit);
+    touch(e, sq->rq);
 }
 
 static void leave_queue(struct engine *e, struct request *rq)
@@ -237,7 +247,7 @@ bool admit_reserve(struct engine *e)
     for (uint32_t i = 0; i < e->n_run && !atomic_load_explicit(&e->is_dead, memory_order_relaxed);) {
         struct seq *sq = e->run[i];
         if (i + PREFETCH_FAR < e->n_run)
-            prefetch_lines(e->run[i + PREFETCH_FAR], sizeof *sq);
+            prefetch_lines(e->run[i + PREFETCH_FAR], SEQ_HOT);
         if (i + PREFETCH_NEAR < e->n_run)
             kv_seq_prefetch(e->run[i + PREFETCH_NEAR]->kv);
         if (!seq_ready(sq)) {
@@ -288,7 +298,7 @@ static void first_admission(struct engine *e, struct seq *sq, const struct kv_hi
     rq->usage.from_device = hit->from_device, rq->usage.from_host = hit->from_host;
     rq->usage.from_disk = hit->from_disk, rq->usage.from_store = hit->from_store;
     rq->usage.miss = kv_miss_text(hit->miss);
-    hist_add(&e->hists.queue, rq->usage.queue_us);
+    hist_add(&e->hists.queue, rq->usage.queue_us, 1);
 }
 
 static int open_seq(struct engine *e, struct seq *sq, int64_t now)

@@ -19,14 +19,14 @@ const int64_t hist_bounds_us[HIST_BUCKETS - 1] = {
     60000000,
 };
 
-void hist_add(struct hist *h, int64_t us)
+void hist_add(struct hist *h, int64_t us, uint64_t times)
 {
     uint32_t i = 0;
     while (i < HIST_BUCKETS - 1 && us > hist_bounds_us[i])
         i++;
-    h->bucket[i]++;
-    h->count++;
-    h->sum_us += us > 0 ? (uint64_t)us : 0;
+    h->bucket[i] += times;
+    h->count += times;
+    h->sum_us += us > 0 ? (uint64_t)us * times : 0;
 }
 
 /* Copies the figures out. While steps run it never waits for a reader: the next step publishes again. */

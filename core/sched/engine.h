@@ -12,13 +12,13 @@ struct engine;
 struct request;
 
 struct sampling {
+    uint32_t n_top;                 /* alternatives per token, 0..ARLE_MAX_TOP; logprobs wanted when want_logprobs */
+    bool want_logprobs;
+    bool has_seed; uint64_t seed;
     float temperature, top_p, min_p;
     int32_t top_k;
     float repetition, presence, frequency;
-    uint64_t seed; bool has_seed;
-    const struct arle_bias *bias; uint32_t n_bias;
-    uint32_t n_top;                 /* alternatives per token, 0..ARLE_MAX_TOP; logprobs wanted when want_logprobs */
-    bool want_logprobs;
+    uint32_t n_bias; const struct arle_bias *bias;
 };
 
 /* Filled by the caller; engine_submit copies what it keeps (arrays included). */

@@ -104,6 +104,7 @@ static bool add_part(struct engine *e, struct step *s, struct seq *sq, uint32_t 
         s->row[s->n_rows++] = (struct row){ sq, first + i, false };
     if (sample)
         s->row[s->n_rows++] = (struct row){ sq, end - 1, true };
+    s->n_sampled += sample;
     s->n_bias += n_bias;
     s->n_tokens += n;
     s->drafts |= sq->rq->drafts;
@@ -160,13 +161,25 @@ static uint32_t table_stride(const struct engine *e, const struct step *s)
     return stride < e->max_stride ? stride : e->max_stride;
 }
 
-static int32_t *ints(struct step *s, size_t at)
+/* The arrays of a step in its staging buffer. */
+struct staged {
+    int32_t *restrict table, *restrict ids, *restrict pos, *restrict seq_of, *restrict cu, *restrict ctx_len, *restrict slot, *restrict rows;
+    struct arle_sample_row *restrict srows;
+    struct arle_bias *restrict bias;
+};
+
+static struct staged staged_at(uint8_t *in, const struct layout *at)
 {
-    return (int32_t *)(s->in + at);
+    return (struct staged){
+        .table = (int32_t *)(in + at->table), .ids = (int32_t *)(in + at->ids), .pos = (int32_t *)(in + at->pos),
+        .seq_of = (int32_t *)(in + at->seq_of), .cu = (int32_t *)(in + at->cu), .ctx_len = (int32_t *)(in + at->ctx_len),
+        .slot = (int32_t *)(in + at->slot), .rows = (int32_t *)(in + at->rows),
+        .srows = (struct arle_sample_row *)(in + at->srows), .bias = (struct arle_bias *)(in + at->bias),
+    };
 }
 
 /* Copies what the row does not hold yet from the last time that this staging buffer was used. */
-static void write_table(struct step *s, const struct seq *sq, uint32_t i)
+static void write_table(struct step *s, const struct staged *o, const struct seq *sq, uint32_t i)
 {
     uint32_t n_pages;
     const int32_t *pages = kv_seq_pages(sq->kv, &n_pages);
@@ -176,92 +189,92 @@ static void write_table(struct step *s, const struct seq *sq, uint32_t i)
     if (was->seated != sq->seated)
         *was = (struct shadow){ sq->seated, 0 };
     if (was->n < n_pages)
-        memcpy(ints(s, s->at.table) + (size_t)i * s->stride + was->n, pages + was->n, (n_pages - was->n) * sizeof *pages);
+        memcpy(o->table + (size_t)i * s->stride + was->n, pages + was->n, (n_pages - was->n) * sizeof *pages);
     was->n = n_pages;
 }
 
-static void write_part(struct engine *e, struct step *s, uint32_t i, uint32_t first)
+static inline void write_token(const struct staged *o, const struct seq *sq, uint32_t i, uint32_t t, uint32_t at)
 {
-    const struct part *p = &s->part[i];
-    struct seq *sq = p->seq;
-    int32_t *ids = ints(s, s->at.ids) + first, *pos = ints(s, s->at.pos) + first, *seq_of = ints(s, s->at.seq_of) + first;
-    for (uint32_t t = 0; t < p->n; t++) {
-        uint32_t at = p->from + t;
-        ids[t] = at < sq->n_tokens ? sq->tokens[at] : -1 - (int32_t)sq->pending_row;
-        pos[t] = (int32_t)at;
-        seq_of[t] = (int32_t)i;
-    }
-    write_table(s, sq, i);
-    ints(s, s->at.cu)[i + 1] = (int32_t)(first + p->n);
-    ints(s, s->at.ctx_len)[i] = (int32_t)(p->from + p->n);
-    ints(s, s->at.slot)[i] = kv_seq_slot(sq->kv);
+    o->ids[t] = at < sq->n_tokens ? sq->tokens[at] : -1 - (int32_t)sq->pending_row;
+    o->pos[t] = (int32_t)at;
+    o->seq_of[t] = (int32_t)i;
+}
+
+/* The sequence then stands where it will be when the step has run. */
+static void write_part(struct step *s, const struct staged *o, uint32_t i, uint32_t first)
+{
+    const struct part p = s->part[i];
+    struct seq *sq = p.seq;
+    write_token(o, sq, i, first, p.from);
+    for (uint32_t t = 1; t < p.n; t++)
+        write_token(o, sq, i, first + t, p.from + t);
+    write_table(s, o, sq, i);
+    o->cu[i + 1] = (int32_t)(first + p.n);
+    o->ctx_len[i] = (int32_t)(p.from + p.n);
+    o->slot[i] = kv_seq_slot(sq->kv);
+    sq->n_computed += p.n;
+    sq->inflight++;
 }
 
 /* Rows that fill a bucket: one token of nobody, at page 0 and slot 0, result thrown away. */
-static void write_padding(struct step *s, uint32_t i)
+static void write_padding(struct step *s, const struct staged *o, uint32_t i)
 {
-    ints(s, s->at.ids)[i] = 0;
-    ints(s, s->at.pos)[i] = 0;
-    ints(s, s->at.seq_of)[i] = (int32_t)i;
-    memset(ints(s, s->at.table) + (size_t)i * s->stride, 0, s->stride * sizeof(int32_t));
+    o->ids[i] = 0;
+    o->pos[i] = 0;
+    o->seq_of[i] = (int32_t)i;
+    memset(o->table + (size_t)i * s->stride, 0, s->stride * sizeof(int32_t));
     s->shadow[i].seated = 0;
-    ints(s, s->at.cu)[i + 1] = (int32_t)i + 1;
-    ints(s, s->at.ctx_len)[i] = 1;
-    ints(s, s->at.slot)[i] = 0;
-    ints(s, s->at.rows)[i] = (int32_t)i;
-    ((struct arle_sample_row *)(s->in + s->at.srows))[i] = (struct arle_sample_row){ .top_p = 1, .repetition = 1, .target = -1 };
+    o->cu[i + 1] = (int32_t)i + 1;
+    o->ctx_len[i] = 1;
+    o->slot[i] = 0;
+    o->rows[i] = (int32_t)i;
+    o->srows[i] = (struct arle_sample_row){ .top_p = 1, .repetition = 1, .target = -1 };
 }
 
-static void write_rows(struct engine *e, struct step *s)
+/* After the parts: a token that is sampled now is pending for the next step, not for this one. */
+static void write_rows(struct engine *e, struct step *s, const struct staged *o)
 {
-    struct arle_sample_row *out = (struct arle_sample_row *)(s->in + s->at.srows);
-    struct arle_bias *bias = (struct arle_bias *)(s->in + s->at.bias);
     uint32_t part = 0, n_bias = 0;
+    bool any_top = false, any_draw = false, any_edit = false;
     for (uint32_t r = 0; r < s->n_real_rows; r++) {
-        const struct row *row = &s->row[r];
-        while (s->part[part].seq != row->seq)       /* rows are in the order of their parts */
+        const struct row row = s->row[r];
+        struct arle_sample_row *out = &o->srows[r];
+        while (s->part[part].seq != row.seq)        /* rows are in the order of their parts */
             part++;
-        ints(s, s->at.rows)[r] = ints(s, s->at.cu)[part] + (int32_t)(row->pos - s->part[part].from);
-        sample_row(e, s, row, &out[r]);
-        if (out[r].n_bias > 0) {
-            memcpy(bias + n_bias, row->seq->rq->bias, out[r].n_bias * sizeof *bias);
-            out[r].bias = (const struct arle_bias *)(e->d_in + s->at.bias) + n_bias;
-            n_bias += out[r].n_bias;
+        o->rows[r] = o->cu[part] + (int32_t)(row.pos - s->part[part].from);
+        sample_row(e, &row, out);
+        if (out->n_bias > 0) {
+            memcpy(o->bias + n_bias, row.seq->rq->bias, out->n_bias * sizeof *o->bias);
+            out->bias = (const struct arle_bias *)(e->d_in + s->at.bias) + n_bias;
+            n_bias += out->n_bias;
         }
-        s->any_top |= out[r].n_top > 0;
-        s->any_draw |= out[r].temperature > 0;
-        s->any_edit |= out[r].n_bias > 0 || out[r].history != NULL;
-    }
-}
-
-/* The plan is final: sequences now stand where they will be when it has run. */
-static void advance(struct step *s)
-{
-    for (uint32_t i = 0; i < s->n_parts; i++) {
-        s->part[i].seq->n_computed += s->part[i].n;
-        s->part[i].seq->inflight++;
-    }
-    for (uint32_t r = 0; r < s->n_real_rows; r++)
-        if (s->row[r].sample) {
-            s->row[r].seq->pending++;
-            s->row[r].seq->pending_row = r;
+        any_top |= out->n_top > 0;
+        any_draw |= out->temperature > 0;
+        any_edit |= out->n_bias > 0 || out->history != NULL;
+        if (row.sample) {
+            row.seq->pending++;
+            row.seq->pending_row = r;
         }
+    }
+    s->any_top = any_top;
+    s->any_draw = any_draw;
+    s->any_edit = any_edit;
 }
 
 bool plan_step(struct engine *e, struct step *s)
 {
-    s->n_tokens = s->n_seqs = s->n_decode = s->n_rows = s->n_parts = s->n_prefill = s->max_new = s->max_ctx = s->n_bias = 0;
-    s->drafts = s->any_top = s->any_draw = s->any_edit = false;
+    s->n_tokens = s->n_seqs = s->n_sampled = s->n_decode = s->n_rows = s->n_parts = s->n_prefill = s->max_new = s->max_ctx = s->n_bias = 0;
+    s->drafts = false;
     choose_decode(e, s);
-    choose_prefill(e, s);
+    if (s->n_parts < e->n_run)
+        choose_prefill(e, s);
     if (s->n_parts == 0)
         return false;
     s->n_seqs = s->n_parts;
     s->n_real_rows = s->n_rows;
     s->stride = table_stride(e, s);
     s->graph = e->graphs_on && s->n_decode == s->n_parts && s->n_rows == s->n_tokens;
-    for (uint32_t r = 0; s->graph && r < s->n_rows; r++)
-        s->graph = s->row[r].sample;
+    s->graph = s->graph && s->n_sampled == s->n_rows;
     if (s->graph) {
         uint64_t widest = (uint64_t)s->stride * e->page_tokens;
         s->n_seqs = s->n_tokens = s->n_rows = s->n_decode = step_bucket(e, s->n_parts);
@@ -275,14 +288,14 @@ bool plan_step(struct engine *e, struct step *s)
     for (uint32_t i = s->n_seqs; i < e->cfg.max_seqs && s->shadow[i].seated != 0; i++)
         s->shadow[i].seated = 0;
     s->shadow_stride = s->stride;
-    ints(s, s->at.cu)[0] = 0;
+    const struct staged o = staged_at(s->in, &s->at);
+    o.cu[0] = 0;
     uint32_t first = 0;
     for (uint32_t i = 0; i < s->n_parts; first += s->part[i++].n)
-        write_part(e, s, i, first);
+        write_part(s, &o, i, first);
     for (uint32_t i = s->n_parts; i < s->n_seqs; i++)
-        write_padding(s, i);
-    write_rows(e, s);
+        write_padding(s, &o, i);
+    write_rows(e, s, &o);
     s->no = ++e->step_no;
-    advance(s);
     return true;
 }

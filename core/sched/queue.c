@@ -81,11 +81,6 @@ void queue_tenants_free(struct engine *e)
     }
 }
 
-void queue_charge(struct engine *e, struct seq *sq, uint32_t tokens)
-{
-    sq->rq->tenant->service += tokens;
-}
-
 /* ---- the waiting list ---- */
 
 void queue_add(struct engine *e, struct seq *sq)

@@ -113,7 +113,7 @@ static int copy_arrays(struct request *rq, const struct request_args *a, struct 
     uint32_t n_top = a->sampling.want_logprobs ? a->sampling.n_top : 0;
     rq->prompt_bytes = a->n * limit * sizeof(int32_t);
     rq->prompt_mem = lazy_alloc(rq->prompt_bytes);
-    rq->seq = calloc(a->n, sizeof *rq->seq);
+    rq->seq = aligned_alloc(CACHE_LINE, a->n * sizeof *rq->seq);
     rq->stop = calloc(a->n, sizeof *rq->stop);
     rq->bias = copy_of(a->sampling.bias, a->sampling.n_bias, sizeof *rq->bias);
     rq->stop_ids = copy_of(a->stop_ids, a->n_stop_ids, sizeof *rq->stop_ids);
@@ -145,9 +145,10 @@ static void init_answers(struct engine *e, struct request *rq, const struct requ
 
 static int request_make(struct engine *e, const struct request_args *a, struct request **out, struct arle_err *err)
 {
-    struct request *rq = calloc(1, sizeof *rq);
+    struct request *rq = aligned_alloc(CACHE_LINE, sizeof *rq);
     if (rq == NULL)
         return arle_err_set(err, -ENOMEM, "no memory for a request");
+    memset(rq, 0, sizeof *rq);
     rq->eng = e;
     rq->id = atomic_fetch_add(&e->next_id, 1) + 1;
     rq->sampling = a->sampling;

@@ -88,6 +88,15 @@ void ring_push(struct ring *r, const struct token_event *ev)
     r->tail += sizeof rec + 2 * tops;
 }
 
+void ring_push_token(struct ring *r, uint32_t index, int32_t id, uint32_t pos, float logprob, float top_logit)
+{
+    if (r->cap - r->tail < sizeof(struct record))
+        return;     /* as above */
+    memcpy(r->bytes + r->tail, &(struct record){ .kind = EV_TOKEN, .index = index, .id = id, .pos = pos, .logprob = logprob,
+                                                 .top_logit = top_logit }, sizeof(struct record));
+    r->tail += sizeof(struct record);
+}
+
 void ring_publish(struct ring *r)
 {
     /* Release: pairs with the acquire in ring_pop. The bell goes after it, so that a woken consumer finds the record. */

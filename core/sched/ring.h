@@ -28,6 +28,8 @@ void ring_fini(struct ring *r);
 
 /* Producer. push makes a record, publish shows everything pushed so far and wakes a sleeper. */
 void ring_push(struct ring *r, const struct token_event *ev);
+/** As ring_push of an EV_TOKEN without alternatives: what nearly all events are. */
+void ring_push_token(struct ring *r, uint32_t index, int32_t id, uint32_t pos, float logprob, float top_logit);
 void ring_publish(struct ring *r);
 
 /* Consumer. 1: *out filled; 0: nothing there. */

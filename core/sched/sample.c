@@ -1,7 +1,7 @@
 /* How one row becomes a token: a request's sampling options as the sample op wants them. */
 #include "sched/sched.h"
 
-void sample_row(const struct engine *e, const struct step *s, const struct row *row, struct arle_sample_row *out)
+void sample_row(const struct engine *e, const struct row *row, struct arle_sample_row *out)
 {
     const struct seq *sq = row->seq;
     const struct request *rq = sq->rq;

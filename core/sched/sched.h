@@ -14,42 +14,51 @@
 #include "sched/ring.h"
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stddef.h>
 
 #define SCHED_ALIGN 64u             /* prefill chunks end on multiples of this inside a prompt; see kv_seq_cut */
 #define MAX_ANSWERS 128u
 #define MAX_STOP_IDS 64u
 #define MAX_BIAS 1024u
 #define MAX_GRAPHS 96u
+#define CACHE_LINE 64u
 
 enum seq_state { SEQ_WAITING = 1, SEQ_PARKED, SEQ_RUNNING, SEQ_DONE };
 
-/* One answer of a request: a timeline of tokens. Memory lives in its request. */
+/*
+ * One answer of a request: a timeline of tokens. Memory lives in its request. The first cache line is all that taking a token
+ * touches, the second what planning a row adds.
+ */
 struct seq {
-    struct request *rq;
-    struct seq *next, *prev;        /* waiting list */
+    _Alignas(CACHE_LINE) struct request *rq;
+    struct kv_seq *kv;
+    int32_t *tokens;                /* prompt, then output; capacity n_limit */
+    uint32_t n_prompt, n_tokens, n_limit;
+    uint32_t n_computed;            /* positions enqueued on the device */
+    uint32_t pending_row;           /* row of the newest pending token in the last launched step */
     uint32_t index;
+    uint8_t pending;                /* sampled on the device, not read yet: 0..2 */
+    uint8_t inflight;               /* launched steps that hold this sequence: 0..2 */
     uint8_t state;                  /* enum seq_state */
     uint8_t finish;                 /* enum finish_reason, set when SEQ_DONE */
     bool moving;                    /* a tier move is under way: ask again after kv_poll() */
     bool reaped;                    /* its KV sequence is closed; a step in flight still names it */
     bool opened;                    /* had a KV sequence at least once: figures of the first hit are kept */
-    int32_t *tokens;                /* prompt, then output; capacity n_limit */
-    uint32_t n_prompt, n_tokens, n_limit;
-    uint32_t n_computed;            /* positions enqueued on the device */
-    uint32_t n_reported, n_drafted; /* prompt events and drafts already given out (a recomputed prompt repeats none) */
-    uint32_t pending;               /* sampled on the device, not read yet: 0..2 */
-    uint32_t pending_row;           /* row of the newest of them in the last launched step */
-    uint32_t inflight;              /* launched steps that hold this sequence */
-    int32_t hist;                   /* place in the device history buffers, -1 none */
-    const struct seq *leader;       /* runs, and computes a prefix that this waiting answer shares up to lead_until */
-    uint32_t lead_until;
-    struct kv_seq *kv;
+    int64_t last_token_us;
+
     uint64_t seed;
     uint64_t seated;                /* number of its admission: its pages do not change, only grow, until it leaves */
+    int32_t hist;                   /* place in the device history buffers, -1 none */
+    uint32_t n_reported, n_drafted; /* prompt events and drafts already given out (a recomputed prompt repeats none) */
+
+    struct seq *next, *prev;        /* waiting list */
+    const struct seq *leader;       /* runs, and computes a prefix that this waiting answer shares up to lead_until */
+    uint32_t lead_until;
     int64_t since_us;               /* submitted; its age counts from here, also after it lost its place */
     int64_t prio;                   /* aged priority when it was admitted */
-    int64_t last_token_us;
 };
+
+_Static_assert(offsetof(struct seq, seed) == CACHE_LINE && offsetof(struct seq, next) <= 2 * CACHE_LINE, "lines of struct seq");
 
 /* Service used by one tenant, for fairness. */
 struct tenant {
@@ -59,36 +68,42 @@ struct tenant {
     char name[];
 };
 
+/* As of a seq: two cache lines for taking a token, one more for planning a row. */
 struct request {
+    _Alignas(CACHE_LINE) struct ring ring;
+    struct tenant *tenant;          /* in the table; set by the engine */
+    int32_t *stop_ids; uint32_t n_stop_ids;
+    uint32_t max_new;
+    bool ignore_eos, prompt_logprobs, drafts, penalties, touched, left_queue, private_salt;
+    _Atomic uint32_t notify_state;  /* 0 free, 1 running, 2 closed: request_unref waits for a running one */
+    void (*notify)(void *arg);
+    void *notify_arg;
+    struct sampling sampling;
+
+    struct request_usage usage;
     struct engine *eng;
     uint64_t id;
     _Atomic int refs;               /* engine and consumer */
     _Atomic uint32_t cancel;        /* set by anyone; release, read by the engine after its mailbox bell */
-    _Atomic uint32_t notify_state;  /* 0 free, 1 running, 2 closed: request_unref waits for a running one */
     _Atomic bool ended;             /* release after the last event and the usage were written */
     struct request *mail_next;      /* submit mailbox */
-    struct ring ring;
     uint32_t ended_seen;            /* consumer: EV_FINISH popped */
     uint32_t n, n_unfinished, n_unreleased, n_unadmitted;
     struct seq *seq;                /* [n] */
     _Atomic uint8_t *stop;          /* [n] set by request_stop */
     int32_t *prompt_mem; size_t prompt_bytes;       /* token memory of all answers */
-    struct sampling sampling;
     struct arle_bias *bias;
-    int32_t *stop_ids; uint32_t n_stop_ids;
     uint32_t *marks; uint32_t n_marks;
-    uint32_t max_new, n_prompt;
-    bool ignore_eos, prompt_logprobs, drafts, penalties, touched, left_queue, private_salt;
+    uint32_t n_prompt;
     int32_t priority;
     struct tenant *tenant_own;      /* made by submit; NULL once the engine's table has adopted it */
-    struct tenant *tenant;          /* in the table; set by the engine */
     uint8_t salt[KV_SALT_BYTES];
-    void (*notify)(void *arg);
-    void *notify_arg;
     int64_t submit_us, deadline_us; /* absolute; INT64_MAX none */
     int64_t queue_deadline_us;      /* as deadline_us, until the first answer is admitted */
-    struct request_usage usage;
 };
+
+_Static_assert(offsetof(struct request, sampling) + offsetof(struct sampling, has_seed) <= 2 * CACHE_LINE &&
+               offsetof(struct request, usage) <= 3 * CACHE_LINE, "lines of struct request");
 
 /* A pin that somebody waits for. Two sides hold it, and the one that lets go last frees it. */
 struct pin_order {
@@ -119,7 +134,7 @@ struct shadow { uint64_t seated; uint32_t n; };
 struct step {
     uint64_t no;
     uint32_t n_tokens, n_seqs, n_decode, n_rows;        /* as the device sees them, padding included */
-    uint32_t n_parts, n_real_rows, n_prefill, max_new, max_ctx, stride;
+    uint32_t n_parts, n_real_rows, n_sampled, n_prefill, max_new, max_ctx, stride;
     bool graph;                     /* decode rows only, one sampled row each: padded to a bucket */
     bool drafts, any_top, any_draw, any_edit, in_flight;
     struct layout at;
@@ -222,13 +237,20 @@ static inline int64_t engine_now(const struct engine *e)
  * each. Asked for a few sequences ahead, it is there when the pass arrives: a tenth less time per step on 2 busy cores of a
  * Zen 3 server, 2026-11.
  */
-#define PREFETCH_FAR 8u
-#define PREFETCH_NEAR 4u
+#define PREFETCH_FAR 12u
+#define PREFETCH_NEAR 6u
+#define SEQ_HOT (2 * CACHE_LINE)
+#define REQUEST_HOT (2 * CACHE_LINE)
 
 static inline void prefetch_lines(const void *p, size_t bytes)
 {
-    for (size_t i = 0; i < bytes; i += 64)
+    for (size_t i = 0; i < bytes; i += CACHE_LINE)
         __builtin_prefetch((const char *)p + i);
+}
+
+static inline void queue_charge(struct seq *sq, uint32_t tokens)
+{
+    sq->rq->tenant->service += tokens;
 }
 
 /* queue.c */
@@ -240,7 +262,6 @@ int64_t queue_aged(const struct engine *e, const struct seq *sq, int64_t now);
 bool queue_follow(struct engine *e, struct seq *sq);    /* true: it waits for one that runs to compute their common prefix */
 void queue_unfollow(struct engine *e, const struct seq *leader);
 struct seq *queue_best(struct engine *e, int64_t now);
-void queue_charge(struct engine *e, struct seq *sq, uint32_t tokens);
 void queue_leave_tenant(struct engine *e, struct seq *sq);      /* once per answer, when it ended */
 void queue_tenants_free(struct engine *e);
 void queue_notes_free(struct engine *e);                /* after the thread's end: mail that came too late */
@@ -252,6 +273,7 @@ void seq_finish(struct engine *e, struct seq *sq, enum finish_reason why, int er
 void seq_reap(struct engine *e);                        /* gives pages and slots of finished sequences back */
 void seq_release(struct engine *e, struct seq *sq);
 void seq_emit(struct engine *e, struct seq *sq, struct token_event *ev);      /* fills ev->index */
+void seq_emit_token(struct engine *e, struct seq *sq, int32_t id, float logprob, float top_logit);    /* without alternatives */
 void seq_all_fail(struct engine *e, enum finish_reason why, int error);
 void seq_flush_events(struct engine *e);                /* publishes what was emitted and calls notify */
 
@@ -259,7 +281,7 @@ void seq_flush_events(struct engine *e);                /* publishes what was em
 struct layout plan_layout(uint32_t n_tokens, uint32_t n_seqs, uint32_t n_rows, uint32_t stride, uint32_t n_bias);
 bool plan_step(struct engine *e, struct step *s);       /* false: nothing to do */
 bool seq_ready(const struct seq *sq);                   /* has a position that a step could compute now */
-void sample_row(const struct engine *e, const struct step *s, const struct row *row, struct arle_sample_row *out);
+void sample_row(const struct engine *e, const struct row *row, struct arle_sample_row *out);
 struct results results_at(uint8_t *base, uint32_t n_rows);
 size_t results_bytes(uint32_t n_rows);                  /* alternatives included */
 
@@ -273,7 +295,7 @@ uint32_t step_bucket(const struct engine *e, uint32_t n);
 
 /* engine.c */
 void engine_die(struct engine *e, const struct arle_err *err);
-void hist_add(struct hist *h, int64_t us);
+void hist_add(struct hist *h, int64_t us, uint64_t times);
 int engine_start(struct engine *e, struct arle_err *err);
 void engine_halt(struct engine *e);                     /* stops the threads; all requests are ended then */
 

@@ -182,7 +182,7 @@ int step_launch(struct engine *e, struct step *s)
         struct seq *sq = s->part[i].seq;
         kv_seq_computed(sq->kv, sq->n_computed);
         e->admit_again |= e->n_followers > 0 && s->part[i].n > 1;      /* it may have got to where somebody waits for it */
-        queue_charge(e, sq, s->part[i].n);
+        queue_charge(sq, s->part[i].n);
     }
     e->st.steps++;
     e->st.step_tokens += s->n_tokens - (s->n_seqs - s->n_parts);
@@ -206,7 +206,7 @@ int engine_wait_step(struct engine *e, struct step *s, struct arle_err *err)
     e->st.collect_us_sum += (uint64_t)(now - t0);
     e->st.step_us_sum += (uint64_t)us;
     e->last_done_us = now;
-    hist_add(&e->hists.step, us);
+    hist_add(&e->hists.step, us, 1);
     e->st.slow_steps += us > e->cfg.watchdog_ms * 1000;
     if (s->n_prefill > 0 && s->n_prefill == s->n_tokens)
         kv_report_prefill(e->kv, s->n_prefill, us);
@@ -220,6 +220,14 @@ static void fill_tops(struct token_event *ev, const struct results *res, uint32_
     memcpy(ev->top_logprobs, res->top_logprobs + (size_t)r * ARLE_MAX_TOP, n_top * sizeof(float));
 }
 
+static void emit_with_tops(struct engine *e, struct seq *sq, const struct results *res, uint32_t r, float logprob)
+{
+    struct token_event ev = { .kind = EV_TOKEN, .id = res->ids[r], .pos = sq->n_tokens, .logprob = logprob,
+                              .top_logit = res->top_logit[r] };
+    fill_tops(&ev, res, r, sq->rq->sampling.n_top);
+    seq_emit(e, sq, &ev);
+}
+
 static bool is_stop(const struct engine *e, const struct request *rq, int32_t id)
 {
     for (uint32_t i = 0; i < rq->n_stop_ids; i++)
@@ -231,23 +239,38 @@ static bool is_stop(const struct engine *e, const struct request *rq, int32_t id
     return false;
 }
 
-static void count_token(struct engine *e, struct seq *sq, int64_t now)
+/* When the results that are being given out came, and the gaps to the tokens before: most rows of a step have the same one. */
+struct arrival { int64_t now, gap_us; uint64_t n_gaps; };
+
+static void gaps_flush(struct engine *e, struct arrival *at)
+{
+    if (at->n_gaps == 0)
+        return;
+    hist_add(&e->hists.inter_token, at->gap_us, at->n_gaps);
+    if (at->gap_us > e->st.longest_gap_us)
+        e->st.longest_gap_us = at->gap_us;
+    at->n_gaps = 0;
+}
+
+static void count_token(struct engine *e, struct seq *sq, struct arrival *at)
 {
     struct request *rq = sq->rq;
     e->st.completion_tokens++;
-    if (rq->usage.first_token_us == 0) {
-        rq->usage.first_token_us = now - rq->submit_us > 0 ? now - rq->submit_us : 1;
-        hist_add(&e->hists.first_token, rq->usage.first_token_us);
-    } else if (sq->last_token_us != 0) {
-        hist_add(&e->hists.inter_token, now - sq->last_token_us);
-        if (now - sq->last_token_us > e->st.longest_gap_us)
-            e->st.longest_gap_us = now - sq->last_token_us;
+    if (sq->last_token_us != 0) {
+        int64_t gap_us = at->now - sq->last_token_us;
+        if (gap_us != at->gap_us)
+            gaps_flush(e, at);
+        at->gap_us = gap_us;
+        at->n_gaps++;
+    } else if (rq->usage.first_token_us == 0) {
+        rq->usage.first_token_us = at->now - rq->submit_us > 0 ? at->now - rq->submit_us : 1;
+        hist_add(&e->hists.first_token, rq->usage.first_token_us, 1);
     }
-    sq->last_token_us = now;
-    queue_charge(e, sq, 1);
+    sq->last_token_us = at->now;
+    queue_charge(sq, 1);
 }
 
-static void take_token(struct engine *e, struct seq *sq, const struct results *res, uint32_t r, int64_t now)
+static void take_token(struct engine *e, struct seq *sq, const struct results *res, uint32_t r, struct arrival *at)
 {
     struct request *rq = sq->rq;
     int32_t id = res->ids[r];
@@ -259,13 +282,13 @@ static void take_token(struct engine *e, struct seq *sq, const struct results *r
         seq_finish(e, sq, FINISH_ERROR, -EDOM);
         return;
     }
-    struct token_event ev = { .kind = EV_TOKEN, .id = id, .pos = sq->n_tokens,
-                              .logprob = rq->sampling.want_logprobs ? res->logprob[r] : NAN, .top_logit = res->top_logit[r] };
-    if (rq->sampling.n_top > 0)
-        fill_tops(&ev, res, r, rq->sampling.n_top);
+    float logprob = rq->sampling.want_logprobs ? res->logprob[r] : NAN;
+    if (rq->sampling.n_top == 0)
+        seq_emit_token(e, sq, id, logprob, res->top_logit[r]);
+    else
+        emit_with_tops(e, sq, res, r, logprob);
     sq->tokens[sq->n_tokens++] = id;
-    seq_emit(e, sq, &ev);
-    count_token(e, sq, now);
+    count_token(e, sq, at);
     int pushed = sq->kv != NULL ? kv_seq_push(sq->kv, id) : 0;
     if (is_stop(e, rq, id))
         seq_finish(e, sq, FINISH_STOP, 0);
@@ -316,10 +339,10 @@ static void leave_step(struct engine *e, const struct part *p)
 static void prefetch_rows(const struct step *s, uint32_t i)
 {
     if (i + PREFETCH_FAR < s->n_real_rows)
-        prefetch_lines(s->row[i + PREFETCH_FAR].seq, sizeof(struct seq));
+        prefetch_lines(s->row[i + PREFETCH_FAR].seq, CACHE_LINE);
     if (i + PREFETCH_NEAR < s->n_real_rows) {
         const struct seq *sq = s->row[i + PREFETCH_NEAR].seq;
-        prefetch_lines(sq->rq, sizeof *sq->rq);
+        prefetch_lines(sq->rq, REQUEST_HOT);
         __builtin_prefetch(sq->tokens + sq->n_tokens, 1);
         kv_seq_prefetch(sq->kv);
     }
@@ -342,17 +365,18 @@ int step_collect(struct engine *e, struct step *s)
     }
     struct results res = results_at(s->out, s->n_rows);
     const int32_t *drafts = (const int32_t *)(s->out + e->draft_at);
-    int64_t now = engine_now(e);
+    struct arrival at = { .now = engine_now(e) };
     if (s->drafts)          /* before the tokens: the last token may end the answer */
         for (uint32_t i = 0, first = 0; i < s->n_parts; first += s->part[i++].n)
             take_drafts(e, &s->part[i], drafts + first);
     for (uint32_t i = 0; i < s->n_real_rows; i++) {
         prefetch_rows(s, i);
         if (s->row[i].sample)
-            take_token(e, s->row[i].seq, &res, i, now);
+            take_token(e, s->row[i].seq, &res, i, &at);
         else
             take_prompt_row(e, &s->row[i], &res, i);
     }
+    gaps_flush(e, &at);
     for (uint32_t i = 0; i < s->n_parts; i++)
         leave_step(e, &s->part[i]);
     seq_flush_events(e);
