@@ -10,6 +10,7 @@
 
 #include "kv/kv.h"
 #include "kv_fake.h"
+#include "tap.h"
 
 struct fm_state { uint64_t pos, hash, border, fill[5]; };
 
@@ -236,6 +237,38 @@ static inline struct kv_hit fm_request(struct fm *fm, const uint8_t *salt, const
     kv_seq_close(s, true);
     kv_step_end(fm->kv);
     return hit;
+}
+
+/** fm_init on a zeroed fm; says why not. */
+static inline bool fm_start(struct fm *fm, struct kv_config cfg, bool has_state, bool lazy)
+{
+    memset(fm, 0, sizeof *fm);
+    if (fm_init(fm, &cfg, has_state, lazy) == 0)
+        return true;
+    printf("# %s\n", fm->err.msg);
+    return false;
+}
+
+/** Lets go of everything; what was borrowed must be back, and nothing may have been wrong. */
+static inline void fm_stop(struct fm *fm)
+{
+    struct kv_stats st;
+    fake_run_all(&fm->dev);
+    EXPECT_EQ(kv_settle(fm->kv, 5000), 0);
+    kv_unpin_all(fm->kv);
+    kv_flush(fm->kv);
+    kv_step_end(fm->kv);
+    kv_stat(fm->kv, &st);
+    EXPECT_EQ(st.pages_free, st.pages_total);
+    EXPECT_EQ(st.slots_free, st.slots_total);
+    EXPECT_EQ(st.snapshots, 0);
+    EXPECT_EQ(st.host_bytes, 0);
+    EXPECT_EQ(st.pins + st.pinned_pages + st.pinned_states, 0);
+    EXPECT_EQ(kv_pages_lost(fm->kv), 0);
+    EXPECT_EQ(fm->wrong, 0);
+    if (fm->wrong > 0)
+        printf("# %s\n", fm->first_wrong);
+    fm_fini(fm);
 }
 
 #endif

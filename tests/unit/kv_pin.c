@@ -15,11 +15,8 @@ static struct kv_config base_config(void)
 
 static bool start(struct fm *fm, struct kv_config cfg, bool has_state, bool lazy)
 {
-    memset(fm, 0, sizeof *fm);
-    if (fm_init(fm, &cfg, has_state, lazy) < 0) {
-        printf("# %s\n", fm->err.msg);
+    if (!fm_start(fm, cfg, has_state, lazy))
         return false;
-    }
     kv_salt(fm->kv, "alice", "", alice);
     kv_salt(fm->kv, "bob", "", bob);
     return true;
@@ -31,25 +28,6 @@ static struct kv_stats stats(struct fm *fm)
     kv_step_end(fm->kv);
     kv_stat(fm->kv, &st);
     return st;
-}
-
-static void stop(struct fm *fm)
-{
-    fake_run_all(&fm->dev);
-    EXPECT_EQ(kv_settle(fm->kv, 5000), 0);
-    kv_unpin_all(fm->kv);
-    kv_flush(fm->kv);
-    struct kv_stats st = stats(fm);
-    EXPECT_EQ(st.pages_free, st.pages_total);
-    EXPECT_EQ(st.slots_free, st.slots_total);
-    EXPECT_EQ(st.snapshots, 0);
-    EXPECT_EQ(st.host_bytes, 0);
-    EXPECT_EQ(st.pins + st.pinned_pages + st.pinned_states, 0);
-    EXPECT_EQ(kv_pages_lost(fm->kv), 0);
-    EXPECT_EQ(fm->wrong, 0);
-    if (fm->wrong > 0)
-        printf("# %s\n", fm->first_wrong);
-    fm_fini(fm);
 }
 
 static uint32_t ask(struct fm *fm, const uint8_t *salt, const int32_t *prompt, uint32_t n)
@@ -96,7 +74,7 @@ static void pinned_prompts_stay(bool has_state)
     EXPECT_EQ(kv_unpin(fm.kv, alice, doc, 500, &p, &fm.err), -ENOENT);
     flood(&fm, 30);
     EXPECT_EQ(ask(&fm, alice, doc, 500), 0);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 static void what_is_pinned_stays(void) { pinned_prompts_stay(true); }
@@ -117,7 +95,7 @@ static void a_mark_is_pinned_for_others(void)
     memcpy(other + 200, doc + 5000, 300 * sizeof *doc);
     EXPECT_EQ(ask(&fm, alice, other, 500), 192);
     EXPECT_EQ(ask(&fm, alice, doc, 500), 448);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 static void overlapping_pins_count(void)
@@ -148,7 +126,7 @@ static void overlapping_pins_count(void)
     EXPECT_EQ(ask(&fm, alice, two, 500), 448);
     EXPECT_EQ(ask(&fm, alice, doc, 500), 256);
     EXPECT_EQ(kv_unpin_all(fm.kv), 1);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 /* The next turn of a chat has more to offer than the last one had. */
@@ -166,7 +144,7 @@ static void pinning_again_renews(void)
     EXPECT_EQ(p.pins, 1);
     EXPECT_EQ(p.all_pages, 36);
     EXPECT_EQ(p.all_states, 1);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 static void a_pin_beyond_the_bound_changes_nothing(void)
@@ -190,12 +168,12 @@ static void a_pin_beyond_the_bound_changes_nothing(void)
     EXPECT_EQ(before.pinned_states, after.pinned_states);
     flood(&fm, 30);
     EXPECT(ask(&fm, alice, doc, 300) >= 256);
-    stop(&fm);
+    fm_stop(&fm);
     cfg.prefix_cache = false;
     REQUIRE(start(&fm, cfg, true, true));
     EXPECT_EQ(pin(&fm, doc, 500, &p), -EINVAL);
     EXPECT(strcmp(fm.err.param, "kv.prefix_cache") == 0);
-    stop(&fm);
+    fm_stop(&fm);
     cfg = base_config();
     cfg.snapshot_bytes = 3 * sizeof(struct fm_state);   /* half of three is one */
     REQUIRE(start(&fm, cfg, true, true));
@@ -203,7 +181,7 @@ static void a_pin_beyond_the_bound_changes_nothing(void)
     fm_request(&fm, alice, doc, 300, &mark, 1, doc, 0);
     EXPECT_EQ(kv_pin(fm.kv, alice, doc, 300, &mark, 1, &p, &fm.err), -ENOSPC);
     EXPECT_EQ(pin(&fm, doc, 300, &p), 0);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 /* All that may be pinned is, and one sequence grows over the whole pool: it must not wait for ever. */
@@ -240,7 +218,7 @@ static void a_growing_sequence_gets_the_whole_pool(void)
         EXPECT_EQ(st.pins_yielded, pinned);
         EXPECT_EQ(st.pinned_pages + st.pinned_states + st.pins, 0);     /* there is no other tier */
         kv_seq_close(s, true);
-        stop(&fm);
+        fm_stop(&fm);
     }
 }
 
@@ -261,7 +239,7 @@ static void a_prompt_that_fits_gets_in(void)
     EXPECT_EQ(stats(&fm).pins_yielded, 40);
     kv_seq_close(a, false);
     kv_seq_close(b, false);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 static void a_flush_leaves_pins(void)
@@ -278,7 +256,7 @@ static void a_flush_leaves_pins(void)
     EXPECT_EQ(st.snapshots, 1);
     EXPECT_EQ(ask(&fm, alice, doc + 2000, 500), 0);
     EXPECT_EQ(ask(&fm, alice, doc, 500), 448);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 static void quotas_count_pins_and_leave_them(void)
@@ -294,7 +272,7 @@ static void quotas_count_pins_and_leave_them(void)
         ask(&fm, alice, doc + 2000 * i, 160);           /* 10 pages, and 3 are left to it */
     EXPECT(stats(&fm).pages_cached <= 27 + 11);
     EXPECT_EQ(ask(&fm, alice, doc, 440), 384);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 /* ---- tiers ------------------------------------------------------------------------------------------------------------ */
@@ -331,7 +309,7 @@ static void pins_keep_their_place_on_the_host(bool has_state, bool lazy)
     EXPECT_EQ(kv_unpin(fm.kv, alice, doc, 500, &p, &fm.err), 0);
     flood(&fm, 30);
     EXPECT_EQ(ask(&fm, alice, doc, 500), 0);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 static void pins_wait_on_the_host(void) { pins_keep_their_place_on_the_host(true, true); }
@@ -359,7 +337,7 @@ static void promotions_do_not_move_pins(void)
     for (int i = 0; i < 3; i++)
         EXPECT_EQ(ask(&fm, alice, doc + 2000 * i, 400), 384);
     EXPECT_EQ(stats(&fm).pins_yielded, 0);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 /* The staging area of a disk tier is small and everything has to pass: pins do not clog it, and end when their data is lost. */
@@ -398,7 +376,7 @@ static void pins_pass_through_to_the_disk(void)
     EXPECT_EQ(stats(&fm).pins, 0);
     kv_report_prefill(fm.kv, 100, 1000000);
     EXPECT_EQ(ask(&fm, alice, doc, 500), 448);
-    stop(&fm);
+    fm_stop(&fm);
     EXPECT_EQ(system(cmd), 0);
 }
 

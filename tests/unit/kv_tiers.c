@@ -20,28 +20,10 @@ static struct kv_config base_config(void)
 
 static bool start(struct fm *fm, struct kv_config cfg, bool has_state, bool lazy)
 {
-    memset(fm, 0, sizeof *fm);
-    if (fm_init(fm, &cfg, has_state, lazy) < 0) {
-        printf("# %s\n", fm->err.msg);
+    if (!fm_start(fm, cfg, has_state, lazy))
         return false;
-    }
     kv_salt(fm->kv, "alice", "", alice);
     return true;
-}
-
-static void stop(struct fm *fm)
-{
-    struct kv_stats st;
-    fake_run_all(&fm->dev);
-    EXPECT_EQ(kv_settle(fm->kv, 5000), 0);
-    kv_flush(fm->kv);
-    kv_stat(fm->kv, &st);
-    EXPECT_EQ(st.pages_free, st.pages_total);
-    EXPECT_EQ(st.host_bytes, 0);
-    EXPECT_EQ(fm->wrong, 0);
-    if (fm->wrong > 0)
-        printf("# %s\n", fm->first_wrong);
-    fm_fini(fm);
 }
 
 /* Runs eight prompts of which the device holds less than two, settling between them. */
@@ -77,7 +59,7 @@ static void host_case(bool has_state, bool lazy)
     kv_step_end(fm.kv);
     kv_stat(fm.kv, &st);
     EXPECT(st.promoted_bytes[1] > 0 && st.demoted_bytes[1] > 0 && st.host_bytes > 0);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 static void prefixes_return_from_the_host(void) { host_case(true, true); }
@@ -96,7 +78,7 @@ static void slow_fetches_are_not_made(void)
     EXPECT_EQ(hit.cached_tokens, 0);
     EXPECT_EQ(hit.from_host, 0);
     EXPECT_EQ(hit.miss, KV_MISS_NOT_WORTH);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 /* Opens a prompt that waits on the host and polls until it is ready; whoever asked does not come back. */
@@ -144,7 +126,7 @@ static void abandoned_fetches_keep_nobody_waiting(void)
     REQUIRE(fm_open(&fm, alice, other, 800, &s, &hit) == 0);
     EXPECT_EQ(hit.cached_tokens, 512);          /* the cadence left a state there */
     kv_seq_close(s, false);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 /* More of them than there are places: the one that has been ready longest goes. */
@@ -173,7 +155,7 @@ static void abandoned_fetches_leave_places(void)
     REQUIRE(fm_open(&fm, alice, doc + 100 * (MANY - 1), 81, &s, &hit) == 0);
     EXPECT_EQ(hit.cached_tokens, 64);
     kv_seq_close(s, false);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 /* Pages of a prefix whose state is gone are computed again: the running sequence must not keep both copies. */
@@ -197,7 +179,7 @@ static void computed_again_is_held_once(void)
     EXPECT_EQ(kv_pages_lost(fm.kv), 0);
     kv_seq_close(s, true);
     EXPECT_EQ(kv_pages_lost(fm.kv), 0);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 static void parked_sequences_go_on(void)
@@ -237,7 +219,7 @@ static void parked_sequences_go_on(void)
     kv_stat(fm.kv, &st);
     EXPECT_EQ(st.parked, 160);
     EXPECT_EQ(st.resumed, 120);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 static void parking_needs_room(void)
@@ -250,7 +232,7 @@ static void parking_needs_room(void)
     EXPECT_EQ(kv_seq_park(s), -ENOSPC);
     EXPECT(fm_prefill(&fm, s, alice, 0, 600, 128));     /* and it can go on where it is */
     kv_seq_close(s, true);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 /* Roots of salts that are not used are given to others. A parked sequence keeps its own. */
@@ -287,7 +269,7 @@ static void a_parked_sequence_keeps_its_tenant(void)
     fake_run_all(&fm.dev);
     EXPECT_EQ(fm.wrong, 0);
     kv_seq_close(s, true);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 /* ---- disk ---------------------------------------------------------------------------------------------------------------- */
@@ -396,7 +378,7 @@ static uint32_t read_damaged(long step)
         fake_run_all(&fm.dev);
     }
     EXPECT_EQ(fm.wrong, 0);
-    stop(&fm);
+    fm_stop(&fm);
     return cached;
 }
 
@@ -480,7 +462,7 @@ static void a_state_outlives_its_short_page(void)
     }
     memcpy(longer + 64, doc + 4000, 300 * sizeof *doc);
     EXPECT_EQ(fm_request(&fm, alice, longer, 300, NULL, 0, doc, 1).cached_tokens, 64);
-    stop(&fm);
+    fm_stop(&fm);
 }
 
 /* ---- cluster ---------------------------------------------------------------------------------------------------------------- */
@@ -605,7 +587,7 @@ static void another_machine_profits(void)
         uint8_t bob[KV_SALT_BYTES];
         kv_salt(two.kv, "bob", "", bob);
         EXPECT_EQ(fm_request(&two, bob, doc, 800, NULL, 0, doc, 1).cached_tokens, 0);
-        stop(&two);
+        fm_stop(&two);
     }
 }
 
@@ -640,7 +622,7 @@ static void late_answers_reach_nobody_else(void)
         kv_seq_close(s, false);
     }
     EXPECT_EQ(fm_request(&two, alice, doc, 800, NULL, 0, doc, 1).matched_tokens, 800);
-    stop(&two);
+    fm_stop(&two);
 }
 
 /* While a slow tier takes what was computed, nobody is kept from the device pages: the host has their bytes. */
@@ -676,7 +658,7 @@ static void slow_writes_hold_no_pages(void)
         EXPECT_EQ(st.pages_free + st.pages_cached, 160 - 64);
         pthread_mutex_unlock(&store.mu);
         kv_seq_close(s, false);
-        stop(&fm);
+        fm_stop(&fm);
     }
 }
 
@@ -703,7 +685,7 @@ static void what_cannot_be_fetched_is_computed(void)
     EXPECT_EQ(hit.cached_tokens, 0);
     EXPECT_EQ(hit.miss, KV_MISS_NOT_FETCHED);
     kv_seq_close(s, false);
-    stop(&two);
+    fm_stop(&two);
     store_reset();
 }
 
@@ -730,7 +712,7 @@ static void states_of_the_cluster_displace_none(void)
     EXPECT_EQ(fm_request(&two, alice, doc + 50000, 300, NULL, 0, doc, 1).cached_tokens, 256);
     fm_request(&two, alice, doc + 51000, 300, NULL, 0, doc, 1);
     EXPECT_EQ(fm_request(&two, alice, doc + 51000, 300, NULL, 0, doc, 1).cached_tokens, 256);
-    stop(&two);
+    fm_stop(&two);
 }
 
 /* Pages larger than the grid of states: the cluster takes states at page ends, so that is where some are left too. */
@@ -755,7 +737,7 @@ static void large_pages_have_states_for_the_cluster(void)
         kv_report_prefill(two.kv, 100, 1000000);
         EXPECT_EQ(fm_request(&two, alice, doc, 740, NULL, 0, doc, 1).cached_tokens, 740 / pts[i] * pts[i]);
         fake_run_all(&two.dev);
-        stop(&two);
+        fm_stop(&two);
     }
 }
 
@@ -784,7 +766,7 @@ static void a_bad_cluster_costs_nothing_but_time(void)
         kv_stat(two.kv, &st);
         EXPECT(st.store_errors > 0);
         EXPECT_EQ(two.wrong, 0);
-        stop(&two);
+        fm_stop(&two);
     }
     store_reset();
 }
