@@ -162,7 +162,7 @@ const struct kernels *kernels_amx(const char **why);
 /* ---- device -------------------------------------------------------------------------------------------------------- */
 
 #define CPU_COUNTERS(X) \
-    X(linear_ref) X(linear_avx2) X(linear_avx512) X(linear_avx512bf16) X(linear_amx) X(linear_gemv) X(linear_gemm) X(linear_f32_weight) X(linear_panel) \
+    X(linear_ref) X(linear_avx2) X(linear_avx512) X(linear_avx512bf16) X(linear_amx) X(linear_gemv) X(linear_gemm) X(linear_f32_weight) X(linear_panel) X(linear_helped) \
     X(gate_up) X(embed) X(rmsnorm) X(silu_mul) X(attn_prepare) X(attn_tile) X(attn_split) X(attn_quant) X(gdn_decode) X(gdn_prefill) \
     X(moe_route) X(moe_experts) X(seq_shift) X(sample_argmax) X(sample_draw) X(sample_edit) X(parallel_ops) X(copied_bytes) \
     X(hc_pre) X(compress) X(index_all) X(index_scored) X(linear_fp4) X(attn_latent)
@@ -182,11 +182,18 @@ struct cpu_ctx {
     uint32_t compute;           /* enum arle_dtype, 0: measured preference */
 };
 
+/* What is left of one part's share of a job that may be shared out again: first unit in the low half, end in the high one. Counts only,
+ * so relaxed. */
+struct share {
+    _Alignas(64) _Atomic uint64_t span;
+};
+
 struct arle_device {
     struct cpu_ctx *cx;
     const struct kernels *k;
     struct pool *pool;
     unsigned n_threads;
+    struct share *shares;       /* n_threads */
     char *pack;                 /* CPU_PACK_BYTES */
     char *scratch;              /* n_threads * CPU_THREAD_SCRATCH */
     _Atomic uint64_t counter[N_COUNTERS];
@@ -202,10 +209,15 @@ static inline void *thread_scratch(struct arle_device *dev, unsigned part)
     return dev->scratch + part * CPU_THREAD_SCRATCH;
 }
 
-/* Runs fn in parallel when the work pays for waking others; cost is in nanoseconds of one thread, roughly. */
+/* How many parts pay for waking others; cost is in nanoseconds of one thread, roughly. */
+static inline unsigned parts_for(const struct arle_device *dev, double cost_ns)
+{
+    return cost_ns < 6000 ? 1 : cost_ns / 3000 < dev->n_threads ? (unsigned)(cost_ns / 3000) : dev->n_threads;
+}
+
 static inline void run_parts(struct arle_device *dev, double cost_ns, part_fn fn, void *arg)
 {
-    unsigned want = cost_ns < 6000 ? 1 : cost_ns / 3000 < dev->n_threads ? (unsigned)(cost_ns / 3000) : dev->n_threads;
+    unsigned want = parts_for(dev, cost_ns);
     if (want > 1 && dev->n_threads > 1)
         count(dev, N_parallel_ops, 1);
     pool_run(dev->pool, want, fn, arg);

@@ -160,6 +160,7 @@ static void cpu_close_device(struct arle_device *dev)
         return;
     pages_free(dev->pack, CPU_PACK_BYTES);
     pages_free(dev->scratch, dev->n_threads * CPU_THREAD_SCRATCH);
+    free(dev->shares);
     free(dev);
 }
 
@@ -178,7 +179,8 @@ static int cpu_open_device(void *ctx, uint32_t index, struct arle_device **out, 
     dev->n_threads = cx->n_threads;
     dev->pack = pages_alloc(CPU_PACK_BYTES);
     dev->scratch = pages_alloc(dev->n_threads * CPU_THREAD_SCRATCH);
-    if (dev->pack == NULL || dev->scratch == NULL) {
+    dev->shares = aligned_alloc(_Alignof(struct share), dev->n_threads * sizeof *dev->shares);
+    if (dev->pack == NULL || dev->scratch == NULL || dev->shares == NULL) {
         cpu_close_device(dev);
         return arle_err_set(err, -ENOMEM, "no memory for the work areas of %u threads", cx->n_threads);
     }

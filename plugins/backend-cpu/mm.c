@@ -18,6 +18,8 @@ struct mm_job {
     size_t row_bytes;               /* packed bytes of one row */
     void (*gemm)(const void *x, unsigned rows, int64_t k2, const void *w, size_t block_bytes, unsigned blocks, float *out);
 
+    unsigned group;                 /* tiles: blocks of a pass, */
+    uint32_t take;                  /* what a thread takes at a time, in blocks or, MM_GATE, pairs of blocks: whole groups */
     unsigned item_blocks;           /* panels: columns and rows of an item, */
     int64_t item_tiles, n_cols, n_items;    /* items side by side, items in all */
     _Atomic int64_t next;           /* the first that nobody has taken; counts only, so relaxed */
@@ -128,23 +130,29 @@ static const char *widen_blocks(struct arle_device *dev, const struct arle_weigh
     return (const char *)out;
 }
 
-/* Columns outside, row tiles inside: a group of weight blocks is read from memory once and stays in cache for all rows. */
-static void mm_job(void *arg, unsigned part, unsigned n_parts)
+/* Blocks that one pass over the rows takes. */
+static unsigned group_blocks(const struct mm_job *j)
 {
-    const struct mm_job *j = arg;
-    const struct mm *m = j->m;
-    const struct arle_weight *w = m->w;
-    unsigned mr = j->tile_rows, unit = m->form == MM_GATE ? 2 : 1;
+    const struct arle_weight *w = j->m->w;
+    unsigned mr = j->tile_rows, unit = j->m->form == MM_GATE ? 2 : 1;
     unsigned group = j->row_tiles ? j->k->bf16_blocks : j->k->tile_blocks[j->n_rows < mr ? j->n_rows : mr];
-    int64_t units = w->n_blocks / unit, end = part_begin(units, part + 1, n_parts) * unit;
-    _Alignas(64) float acc[CPU_MAX_ROWS * CPU_TILE_COLS];
     if (group < unit)
         group = unit;
-    size_t block_bytes = w->dtype == CPU_FP4 ? (size_t)w->k2 * CPU_BLOCK * 4 : w->block_bytes;
-    while (w->dtype == CPU_FP4 && group > unit && group * block_bytes > WIDEN_BYTES)
+    while (w->dtype == CPU_FP4 && group > unit && group * (size_t)w->k2 * CPU_BLOCK * 4 > WIDEN_BYTES)
         group /= 2;
-    for (int64_t b = part_begin(units, part, n_parts) * unit; b < end; b += group) {
-        unsigned blocks = end - b < group ? (unsigned)(end - b) : group;
+    return group;
+}
+
+/* Columns outside, row tiles inside: a group of weight blocks is read from memory once and stays in cache for all rows. */
+static void mm_blocks(const struct mm_job *j, int64_t b, int64_t end, unsigned part)
+{
+    const struct mm *m = j->m;
+    const struct arle_weight *w = m->w;
+    unsigned mr = j->tile_rows;
+    _Alignas(64) float acc[CPU_MAX_ROWS * CPU_TILE_COLS];
+    size_t block_bytes = w->dtype == CPU_FP4 ? (size_t)w->k2 * CPU_BLOCK * 4 : w->block_bytes;
+    for (; b < end; b += j->group) {
+        unsigned blocks = end - b < j->group ? (unsigned)(end - b) : j->group;
         const char *wb = w->data + m->expert * w->expert_bytes + (size_t)b * w->block_bytes;
         if (w->dtype == CPU_FP4)
             wb = widen_blocks(j->dev, w, wb, blocks, part);
@@ -155,6 +163,46 @@ static void mm_job(void *arg, unsigned part, unsigned n_parts)
                 (m->form == MM_GATE ? store_gate : store_plain)(j, j->row0 + r + i, b, blocks, acc + i * blocks * CPU_BLOCK);
         }
     }
+}
+
+/*
+ * Every part begins with its own share of the blocks, from the front, so that a thread reads on and on; who is done takes from the
+ * back of what others have left. So nobody waits for a thread whose processor is slower or somebody else's for a while.
+ */
+#define TAKE_BYTES ((size_t)192 << 10)      /* of weights at a time: some microseconds */
+
+static void shares_fill(struct arle_device *dev, int64_t units, unsigned n_parts)
+{
+    for (unsigned p = 0; p < n_parts; p++)
+        atomic_store_explicit(&dev->shares[p].span, (uint64_t)part_begin(units, p, n_parts) |
+                              (uint64_t)part_begin(units, p + 1, n_parts) << 32, memory_order_relaxed);
+}
+
+static bool share_take(struct share *s, uint32_t most, bool back, uint32_t *from, uint32_t *end)
+{
+    uint64_t was = atomic_load_explicit(&s->span, memory_order_relaxed), now;
+    do {
+        uint32_t b = (uint32_t)was, e = (uint32_t)(was >> 32), n = e - b < most ? e - b : most;
+        if (n == 0)
+            return false;
+        *from = back ? e - n : b;
+        *end = *from + n;
+        now = back ? b | (uint64_t)(e - n) << 32 : (b + n) | (uint64_t)e << 32;
+    } while (!atomic_compare_exchange_weak_explicit(&s->span, &was, now, memory_order_relaxed, memory_order_relaxed));
+    return true;
+}
+
+static void mm_job(void *arg, unsigned part, unsigned n_parts)
+{
+    const struct mm_job *j = arg;
+    unsigned unit = j->m->form == MM_GATE ? 2 : 1;
+    uint32_t from, end;
+    for (unsigned i = 0; i < n_parts; i++)
+        while (share_take(&j->dev->shares[(part + i) % n_parts], j->take, i > 0, &from, &end)) {
+            mm_blocks(j, (int64_t)from * unit, (int64_t)end * unit, part);
+            if (i > 0)
+                count(j->dev, N_linear_helped, 1);
+        }
 }
 
 /* ---- panels --------------------------------------------------------------------------------------------------------- */
@@ -283,10 +331,16 @@ void mm_run(struct arle_device *dev, const struct mm *m)
             j.packed = x;               /* a single row is packed as it is */
         else
             run_parts(dev, j.n_rows < 2 * j.tile_rows ? 0 : j.n_rows * (double)m->w->k * 0.3, pack_job, &j);
+        double cost_ns = elems * (0.05 + 0.01 * j.n_rows);
         if (panels) {
             plan_panels(&j);
             count(dev, N_linear_panel, 1);
+        } else {
+            j.group = group_blocks(&j);
+            unsigned unit = m->form == MM_GATE ? 2 : 1;
+            j.take = ((uint32_t)(TAKE_BYTES / (j.group * m->w->block_bytes)) + 1) * (j.group / unit);
+            shares_fill(dev, m->w->n_blocks / unit, parts_for(dev, cost_ns));
         }
-        run_parts(dev, elems * (0.05 + 0.01 * j.n_rows), panels ? panel_job : mm_job, &j);
+        run_parts(dev, cost_ns, panels ? panel_job : mm_job, &j);
     }
 }

@@ -5,6 +5,8 @@
 #include "ops_cases.h"
 #include "tap.h"
 
+#include <sched.h>
+
 static const char *const isas[] = { "reference", "avx2", "avx512", "avx512bf16", "amx" };
 static const uint32_t dtypes[] = { ARLE_F32, ARLE_BF16 };
 static const char *isa, *threads;
@@ -87,24 +89,48 @@ static void every_case_agrees_with_the_reference(void)
         }
 }
 
-static void threads_do_not_change_a_bit(void)
+/* With n threads; returns how often one of them did products of another's share. */
+static uint64_t same_bits_with(const char *n)
 {
     struct ops_backend other;
-    for (const char *const *n = (const char *const[]) { "2", "3", NULL }; *n != NULL; n++) {
-        REQUIRE(open_cpu(&other, isa, *n) == 0);
-        for (unsigned d = 0; d < 2; d++)
-            for (unsigned i = 0; i < ops_n_cases; i++) {
-                struct ops_result c;
-                ops_run(&other, &ops_cases[i], dtypes[d], &c);
-                EXPECT_EQ(c.n_parts, result[d][i].n_parts);
-                for (unsigned j = 0; j < c.n_parts; j++)
-                    if (memcmp(result[d][i].part[j].got, c.part[j].got, (size_t)c.part[j].n * 4) != 0)
-                        TAP_FAIL("%s %s %s differs with %s threads", isa, ops_cases[i].name, c.part[j].what, *n);
-                ops_result_free(&c);
-            }
-        EXPECT(ops_counter(&other, "parallel_ops") > 0);
-        ops_close(&other);
+    if (open_cpu(&other, isa, n) < 0) {
+        TAP_FAIL("%s does not open with %s threads", isa, n);
+        return 0;
     }
+    for (unsigned d = 0; d < 2; d++)
+        for (unsigned i = 0; i < ops_n_cases; i++) {
+            struct ops_result c;
+            ops_run(&other, &ops_cases[i], dtypes[d], &c);
+            EXPECT_EQ(c.n_parts, result[d][i].n_parts);
+            for (unsigned j = 0; j < c.n_parts; j++)
+                if (memcmp(result[d][i].part[j].got, c.part[j].got, (size_t)c.part[j].n * 4) != 0)
+                    TAP_FAIL("%s %s %s differs with %s threads", isa, ops_cases[i].name, c.part[j].what, n);
+            ops_result_free(&c);
+        }
+    uint64_t helped = ops_counter(&other, "linear_helped");
+    EXPECT(ops_counter(&other, "parallel_ops") > 0);
+    ops_close(&other);
+    return helped;
+}
+
+static void threads_do_not_change_a_bit(void)
+{
+    same_bits_with("2");
+    same_bits_with("3");
+}
+
+/* Threads that share one processor cannot all have it: who has it does the others' products. */
+static void threads_without_a_processor_are_helped(void)
+{
+    cpu_set_t was, one;
+    REQUIRE(sched_getaffinity(0, sizeof was, &was) == 0);
+    CPU_ZERO(&one);
+    for (int c = 0; c < CPU_SETSIZE && CPU_COUNT(&one) == 0; c++)
+        if (CPU_ISSET(c, &was))
+            CPU_SET(c, &one);
+    REQUIRE(sched_setaffinity(0, sizeof one, &one) == 0);
+    EXPECT(same_bits_with("2") > 0);
+    sched_setaffinity(0, sizeof was, &was);
 }
 
 static void rows_do_not_see_each_other(void)
@@ -169,6 +195,7 @@ int main(int argc, char **argv)
         RUN(padding_rows_do_not_leak);
         RUN(chunks_do_not_change_a_bit);
         RUN(threads_do_not_change_a_bit);
+        RUN(threads_without_a_processor_are_helped);
         RUN(the_chosen_kernels_ran);
         ops_close(&be);
     }
