@@ -1,5 +1,5 @@
 /*
- * linear, norm_linear, gate_up. Up to 4 rows go through gemv, up to stream_rows (64) through gemm_stream, more to cuBLASLt. In
+ * linear, norm_linear, gate_up. Up to 4 rows go through gemv, up to stream_rows (8) through gemm_stream, more to cuBLASLt. In
  * deterministic mode everything goes through gemm_stream, 64 rows at a time.
  */
 #include "gemv.cuh"

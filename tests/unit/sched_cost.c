@@ -8,9 +8,9 @@
 #include "tap.h"
 
 #define SEQS 256
-#define STEPS 200
+#define STEPS 100
 #define LIMIT_US 50
-#define ROUNDS 4         /* of STEPS steps, some time apart; the best counts: others on the machine take cache and clock, and never give any */
+#define ROUNDS 9         /* of STEPS steps, some time apart; the best counts: others on the machine take cache and clock, and never give any */
 #define APART_US 300000
 #define BUSY_US 150      /* on a machine with more work than processors, where the caches are others' */
 
