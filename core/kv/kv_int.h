@@ -13,6 +13,7 @@
 #include "kv/page.h"
 #include "util/clock.h"
 
+#include <stddef.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -121,6 +122,7 @@ struct kv_seq {
     uint32_t marks[KV_MAX_MARKS], n_marks;      /* ascending snapshot positions */
     uint32_t cadence;                   /* and every multiple of this inside the prompt; 0 = none */
 };
+_Static_assert(offsetof(struct kv_seq, prev) <= 64, "what every step touches of a sequence is one line");
 
 struct kv {
     struct kv_config cfg;
