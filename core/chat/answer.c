@@ -128,11 +128,6 @@ int answer_end(struct answer *a)
 
 /* ---- calls as they were sampled ---- */
 
-static bool is_ws(char c)
-{
-    return strchr(" \n\t\r\f\v", c) != NULL && c != '\0';
-}
-
 /* Appends said[from, to) to the section's text, with the added tokens in it, hidden ones included. */
 static bool add_said(const struct answer *a, size_t from, size_t to, struct call_section *out)
 {
@@ -159,7 +154,7 @@ static bool add_said(const struct answer *a, size_t from, size_t to, struct call
 /* White space before `at`, not beyond `floor`. */
 static size_t before_ws(const struct answer *a, size_t at, size_t floor)
 {
-    while (at > floor && is_ws(a->said.p[at - 1]))
+    while (at > floor && automaton_is_ws(a->said.p[at - 1]))
         at--;
     return at;
 }
@@ -191,7 +186,7 @@ uint32_t answer_section(const struct answer *a, uint32_t *call, struct call_sect
     bool good = add_said(a, from, to, out);
     out->text_len = out->text.n;
     good = good && add_said(a, to, end, out);
-    while (to < end && is_ws(a->said.p[to]))
+    while (to < end && automaton_is_ws(a->said.p[to]))
         to++;
     sbuf_add(&out->shown, a->said.p + to, end - to);
     if (!good)

@@ -60,11 +60,6 @@ static bool blank(const char *tag)
     return tag == NULL || *tag == '\0';
 }
 
-static bool is_ws(char c)
-{
-    return c == ' ' || c == '\n' || c == '\t' || c == '\r' || c == '\f' || c == '\v';
-}
-
 static enum match tag_at(const char *p, size_t n, const char *tag)
 {
     if (blank(tag))
@@ -104,7 +99,7 @@ static enum match call_head(const struct automaton *a, const char *p, size_t n, 
         h->opened = true;
         i = strlen(a->syn.section_open);
         size_t gap = i;
-        while (i < n && is_ws(p[i]))
+        while (i < n && automaton_is_ws(p[i]))
             i++;
         if (i - gap > MAX_GAP)
             return NO;
@@ -173,7 +168,7 @@ static void emit_text(struct automaton *a, const char *p, size_t n)
         return;
     a->last = p[n - 1];
     size_t solid = n;
-    while (solid > 0 && is_ws(p[solid - 1]))
+    while (solid > 0 && automaton_is_ws(p[solid - 1]))
         solid--;
     if (solid > 0 && a->ws.n > 0) {
         sbuf_add(&a->ws, p, solid);
@@ -181,7 +176,7 @@ static void emit_text(struct automaton *a, const char *p, size_t n)
         sbuf_reset(&a->ws);
     } else if (solid > 0) {
         size_t from = 0;
-        while (a->skip_ws && is_ws(p[from]))
+        while (a->skip_ws && automaton_is_ws(p[from]))
             from++;
         emit(a, text_kind(a), p + from, solid - from);
     }
@@ -222,7 +217,7 @@ static void leave_reasoning(struct automaton *a, enum state next)
 static bool step_start(struct automaton *a, const char *p, size_t n, bool eof)
 {
     size_t gap = 0;
-    while (gap < n && gap < MAX_GAP && is_ws(p[gap]))
+    while (gap < n && gap < MAX_GAP && automaton_is_ws(p[gap]))
         gap++;
     enum match m = gap < n ? tag_at(p + gap, n - gap, a->syn.reason_open) : blank(a->syn.reason_open) ? NO : MAYBE;
     if (m == MAYBE && !eof)
@@ -496,7 +491,7 @@ static bool step_call(struct automaton *a, const char *p, size_t n, bool eof)
 static bool step_after_call(struct automaton *a, const char *p, size_t n, bool eof)
 {
     struct head h, bare;
-    while (n > 0 && is_ws(*p))
+    while (n > 0 && automaton_is_ws(*p))
         p++, n--, a->at++;
     if (n == 0)
         return false;
@@ -527,7 +522,7 @@ static bool step_content(struct automaton *a, const char *p, size_t n, bool eof)
     if (!a->o.parse_calls) {
         flush_ws(a);
         a->at += n;
-        while (a->skip_ws && n > 0 && is_ws(*p))
+        while (a->skip_ws && n > 0 && automaton_is_ws(*p))
             p++, n--;
         a->skip_ws &= n == 0;
         emit(a, CHAT_CONTENT, p, n);

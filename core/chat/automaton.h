@@ -71,6 +71,11 @@ uint32_t automaton_calls(const struct automaton *a);
 bool automaton_in_reasoning(const struct automaton *a);
 /** The output ended inside a call. */
 bool automaton_truncated(const struct automaton *a);
+/** The white space that the automaton skips around tags. */
+static inline bool automaton_is_ws(char c)
+{
+    return c == ' ' || c == '\n' || c == '\t' || c == '\r' || c == '\f' || c == '\v';
+}
 /** [*n], one per call that began. Lives until the next push. */
 const struct call_span *automaton_spans(const struct automaton *a, uint32_t *n);
 /** Offset at which reasoning and the newlines after it ended; -1 when the output has none that ended. */

@@ -208,6 +208,14 @@ static int order(const struct subject *s, enum pin_what what, struct kv_pinned *
     return engine_kv_pin(s->m->engine, &a, k, PIN_DEADLINE_MS, err);
 }
 
+/* All of the model's, after an order. */
+static void put_pins(struct sbuf *out, const struct kv_pinned *k)
+{
+    put_u64(out, "pins", k->pins);
+    put_u64(out, "pinned_pages", k->all_pages);
+    put_u64(out, "pinned_states", k->all_states);
+}
+
 static int pin(const struct subject *s, struct sbuf *out, struct arle_err *err)
 {
     struct request_usage u = { 0 };
@@ -218,9 +226,7 @@ static int pin(const struct subject *s, struct sbuf *out, struct arle_err *err)
     if (r < 0)
         return r;
     sbuf_fmt(out, "{\"prompt_tokens\":%u,\"pinned_tokens\":%u,\"pages\":%u,\"states\":%u", u.prompt_tokens, k.tokens, k.pages, k.states);
-    put_u64(out, "pins", k.pins);
-    put_u64(out, "pinned_pages", k.all_pages);
-    put_u64(out, "pinned_states", k.all_states);
+    put_pins(out, &k);
     sbuf_char(out, '}');
     return 0;
 }
@@ -232,9 +238,7 @@ static int unpin(const struct subject *s, struct sbuf *out, struct arle_err *err
     if (r < 0)
         return r;
     sbuf_str(out, "{\"unpinned\":true");
-    put_u64(out, "pins", k.pins);
-    put_u64(out, "pinned_pages", k.all_pages);
-    put_u64(out, "pinned_states", k.all_states);
+    put_pins(out, &k);
     sbuf_char(out, '}');
     return 0;
 }

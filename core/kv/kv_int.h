@@ -214,6 +214,13 @@ static inline int32_t *node_toks(const struct kv *kv, int32_t node)
     return kv->node_tokens + (size_t)node * kv->pt;
 }
 
+/* Whether tree_publish has a page more to enter than last time: asked at every token, answered without a call. */
+static inline bool tree_due(const struct kv_seq *s)
+{
+    uint32_t end = s->published + s->kv->pt;
+    return s->n_computed >= end && s->n_tokens >= end && (!s->kv->cfg.strict || s->n_prompt >= end);
+}
+
 static inline bool node_elsewhere(const struct kv_node *n)      /* its data is in some tier below the device */
 {
     return n->host >= 0 || n->disk != 0 || n->store;
@@ -222,6 +229,12 @@ static inline bool node_elsewhere(const struct kv_node *n)      /* its data is i
 static inline bool snap_elsewhere(const struct kv_snap *s)
 {
     return s->host >= 0 || s->disk != 0 || s->store;
+}
+
+/* What a node is worth when it is let go, or used: the deeper the more, among those of one time. */
+static inline double node_worth_now(const struct kv *kv, const struct kv_node *n)
+{
+    return kv->dev_age + 1.0 + n->start / 65536.0;
 }
 
 /* ---- kv_tree.c: what is remembered ---------------------------------------------------------------------------------- */
@@ -249,7 +262,7 @@ void tree_unuse(struct kv *kv, int32_t node);
 /** The same for somebody who needs the nodes to stay in the tree, while device pages may go that are elsewhere too. */
 void tree_hold(struct kv *kv, int32_t node);
 void tree_unhold(struct kv *kv, int32_t node);
-/** Enters the full pages of s that are final and known. */
+/** Enters the full pages of s that are final and known: as long as tree_due. */
 void tree_publish(struct kv_seq *s);
 /* Lets the nodes s stands on use its pages instead of second copies of their own. */
 void tree_share(struct kv_seq *s);

@@ -191,7 +191,7 @@ static void pin_touch(struct kv *kv, const struct kv_pin *p)
     for (uint32_t e = 0; e < p->n_ends; e++)
         for (int32_t i = p->end[e].node; i >= 0 && kv->nodes[i].fill > 0; i = kv->nodes[i].parent)
             if (kv->nodes[i].users == 0) {
-                kv->nodes[i].prio = kv->dev_age + 1.0 + kv->nodes[i].start / 65536.0;
+                kv->nodes[i].prio = node_worth_now(kv, &kv->nodes[i]);
                 tree_update(kv, i);
             }
 }

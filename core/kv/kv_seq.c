@@ -377,19 +377,12 @@ int kv_seq_reserve(struct kv_seq *s, uint32_t n_tokens)
     return 0;
 }
 
-/* Whether there is a page more to publish than last time. */
-static bool page_complete(const struct kv_seq *s)
-{
-    uint32_t end = s->published + s->kv->pt;
-    return s->n_computed >= end && s->n_tokens >= end;
-}
-
 int kv_seq_push(struct kv_seq *s, int32_t token)
 {
     if (s->n_tokens >= s->kv->cfg.max_seq_tokens)
         return -E2BIG;
     s->tokens[s->n_tokens++] = token;
-    if (s->n_computed >= s->n_tokens && page_complete(s))       /* the engine ran ahead */
+    if (tree_due(s))            /* the engine ran ahead */
         tree_publish(s);
     return 0;
 }
@@ -399,7 +392,7 @@ void kv_seq_computed(struct kv_seq *s, uint32_t n)
     KV_CHECK(n >= s->n_computed && !s->parked);
     uint32_t from = s->n_computed;
     s->n_computed = n;
-    if (page_complete(s))
+    if (tree_due(s))
         tree_publish(s);
     if (s->kv->has_state && from < s->n_prompt && next_due(s, from) == n)
         tree_snapshot(s, n);

@@ -353,7 +353,7 @@ void tree_unuse(struct kv *kv, int32_t i)
         struct kv_node *n = &kv->nodes[i];
         KV_CHECK(n->users > n->held);
         if (--n->users == n->held) {
-            n->prio = kv->dev_age + 1.0 + n->start / 65536.0;
+            n->prio = node_worth_now(kv, n);
             tree_update(kv, i);
         }
     }
@@ -671,10 +671,8 @@ void tree_share(struct kv_seq *s)
 void tree_publish(struct kv_seq *s)
 {
     struct kv *kv = s->kv;
-    uint32_t end = min_u32(s->n_computed, s->n_tokens), before = s->published;
-    if (kv->cfg.strict)
-        end = min_u32(end, s->n_prompt);
-    while (s->cursor >= 0 && !s->mute && s->published + kv->pt <= end) {
+    uint32_t before = s->published;
+    while (s->cursor >= 0 && !s->mute && tree_due(s)) {
         uint32_t start = s->published;
         uint64_t hash = tree_path_hash(kv->nodes[s->cursor].hash, s->tokens + start, kv->pt);
         int32_t page = s->pages[start / kv->pt], next = full_child(kv, s->cursor, hash, s->tokens + start);

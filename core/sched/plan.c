@@ -273,8 +273,7 @@ bool plan_step(struct engine *e, struct step *s)
     s->n_seqs = s->n_parts;
     s->n_real_rows = s->n_rows;
     s->stride = table_stride(e, s);
-    s->graph = e->graphs_on && s->n_decode == s->n_parts && s->n_rows == s->n_tokens;
-    s->graph = s->graph && s->n_sampled == s->n_rows;
+    s->graph = e->graphs_on && s->n_decode == s->n_parts && s->n_rows == s->n_tokens && s->n_sampled == s->n_rows;
     if (s->graph) {
         uint64_t widest = (uint64_t)s->stride * e->page_tokens;
         s->n_seqs = s->n_tokens = s->n_rows = s->n_decode = step_bucket(e, s->n_parts);

@@ -75,26 +75,34 @@ void ring_fini(struct ring *r)
     r->bytes = NULL;
 }
 
+/* Place for a record and its alternatives, or NULL. */
+static inline uint8_t *take(struct ring *r, size_t bytes)
+{
+    if (r->cap - r->tail < bytes)
+        return NULL;    /* the bound was computed when the request was made: cannot happen, and must not write past the end */
+    uint8_t *p = r->bytes + r->tail;
+    r->tail += bytes;
+    return p;
+}
+
 void ring_push(struct ring *r, const struct token_event *ev)
 {
     struct record rec = { ev->kind, ev->finish, ev->n_top, ev->index, ev->id, ev->pos, ev->logprob, ev->top_logit, ev->error };
     size_t tops = (size_t)ev->n_top * 4;
-    if (r->cap - r->tail < sizeof rec + 2 * tops)
-        return;     /* the bound was computed when the request was made: cannot happen, and must not write past the end */
-    uint8_t *p = r->bytes + r->tail;
+    uint8_t *p = take(r, sizeof rec + 2 * tops);
+    if (p == NULL)
+        return;
     memcpy(p, &rec, sizeof rec);
     memcpy(p + sizeof rec, ev->top_ids, tops);
     memcpy(p + sizeof rec + tops, ev->top_logprobs, tops);
-    r->tail += sizeof rec + 2 * tops;
 }
 
 void ring_push_token(struct ring *r, uint32_t index, int32_t id, uint32_t pos, float logprob, float top_logit)
 {
-    if (r->cap - r->tail < sizeof(struct record))
-        return;     /* as above */
-    memcpy(r->bytes + r->tail, &(struct record){ .kind = EV_TOKEN, .index = index, .id = id, .pos = pos, .logprob = logprob,
-                                                 .top_logit = top_logit }, sizeof(struct record));
-    r->tail += sizeof(struct record);
+    struct record rec = { .kind = EV_TOKEN, .index = index, .id = id, .pos = pos, .logprob = logprob, .top_logit = top_logit };
+    uint8_t *p = take(r, sizeof rec);
+    if (p != NULL)
+        memcpy(p, &rec, sizeof rec);
 }
 
 void ring_publish(struct ring *r)

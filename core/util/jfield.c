@@ -1,5 +1,6 @@
 /* Typed JSON reading of jfield.h. Users: the request readers of the HTTP dialects, the messages of a chat, control lines. */
 #include "util/jfield.h"
+#include "util/hex.h"
 
 #include <ctype.h>
 #include <math.h>
@@ -50,10 +51,10 @@ static int hex4(const struct lexer *lx, size_t at)
     if (lx->len < 4 || at > lx->len - 4)
         return -1;
     for (size_t i = at; i < at + 4; i++) {
-        unsigned char c = (unsigned char)lx->text[i];
-        if (!isxdigit(c))
+        int digit = hex_digit(lx->text[i]);
+        if (digit < 0)
             return -1;
-        v = v * 16 + (c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
+        v = v * 16 + digit;
     }
     return v;
 }

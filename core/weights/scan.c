@@ -1,5 +1,6 @@
 /* The JSON scanner of checkpoint headers; scan.h says why it exists. */
 #include "weights/scan.h"
+#include "util/hex.h"
 
 #include <string.h>
 
@@ -58,15 +59,6 @@ bool scan_at_end(struct scan *s)
 {
     skip_space(s);
     return s->fault == NULL && s->p == s->end;
-}
-
-static int hex_digit(char c)
-{
-    if (c >= '0' && c <= '9')
-        return c - '0';
-    if (c >= 'a' && c <= 'f')
-        return c - 'a' + 10;
-    return c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
 }
 
 /* The character after a backslash; -1 on a fault, and for what lies beyond printable ASCII. */

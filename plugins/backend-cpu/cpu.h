@@ -215,6 +215,7 @@ static inline unsigned parts_for(const struct arle_device *dev, double cost_ns)
     return cost_ns < 6000 ? 1 : cost_ns / 3000 < dev->n_threads ? (unsigned)(cost_ns / 3000) : dev->n_threads;
 }
 
+/* Runs fn in so many parts. */
 static inline void run_parts(struct arle_device *dev, double cost_ns, part_fn fn, void *arg)
 {
     unsigned want = parts_for(dev, cost_ns);

@@ -37,6 +37,15 @@ static uint32_t ask(struct fm *fm, const uint8_t *salt, const int32_t *prompt, u
     return hit.cached_tokens;
 }
 
+/* Until all that can move has moved. */
+static void settle(struct fm *fm)
+{
+    for (int i = 0; i < 20; i++) {
+        kv_settle(fm->kv, 1000);
+        fake_run_all(&fm->dev);
+    }
+}
+
 /* More other prompts than the pool, and the snapshots, hold. */
 static void flood(struct fm *fm, uint32_t n)
 {
@@ -291,10 +300,7 @@ static void pins_keep_their_place_on_the_host(bool has_state, bool lazy)
     kv_report_prefill(fm.kv, 100, 1000000);
     ask(&fm, alice, doc, 500);
     REQUIRE(pin(&fm, doc, 500, &p) == 0);
-    for (int i = 0; i < 20; i++) {
-        kv_settle(fm.kv, 1000);
-        fake_run_all(&fm.dev);
-    }
+    settle(&fm);
     REQUIRE(fm_open(&fm, bob, doc + 40000, 1600, &s, &hit) == 0);
     struct kv_stats st = stats(&fm);
     EXPECT_EQ(st.pins_yielded, has_state ? 28 : 32);
@@ -358,10 +364,7 @@ static void pins_pass_through_to_the_disk(void)
     kv_report_prefill(fm.kv, 100, 1000000);
     ask(&fm, alice, doc, 500);
     REQUIRE(pin(&fm, doc, 500, &p) == 0);
-    for (int i = 0; i < 20; i++) {
-        kv_settle(fm.kv, 1000);
-        fake_run_all(&fm.dev);
-    }
+    settle(&fm);
     REQUIRE(fm_open(&fm, bob, doc + 40000, 1600, &s, &hit) == 0);
     kv_seq_close(s, false);
     EXPECT_EQ(stats(&fm).pinned_pages, 28);
