@@ -29,8 +29,9 @@ struct cuda_ctx {
 
 /* Counters of paths taken; the names are in device.cu in the same order. */
 enum cuda_count {
-    COUNT_GEMV, COUNT_GEMM_STREAM, COUNT_GEMM_LT, COUNT_ATTN_DECODE, COUNT_ATTN_PREFILL, COUNT_GDN_STEP, COUNT_GDN_CHUNK,
-    COUNT_MOE, COUNT_SAMPLE, COUNT_GRAPH_LAUNCH, COUNT_GRAPH_CAPTURE, COUNT_PDL, COUNT_COPY_BYTES, COUNT_ALLOC_BYTES, COUNT_N
+    COUNT_GEMV, COUNT_GEMM_STREAM, COUNT_GEMM_TMA, COUNT_GEMM_LT, COUNT_ATTN_DECODE, COUNT_ATTN_PREFILL, COUNT_GDN_STEP,
+    COUNT_GDN_CHUNK, COUNT_MOE, COUNT_SAMPLE, COUNT_GRAPH_LAUNCH, COUNT_GRAPH_CAPTURE, COUNT_PDL, COUNT_COPY_BYTES,
+    COUNT_ALLOC_BYTES, COUNT_N
 };
 
 struct lt_plan;
@@ -42,7 +43,7 @@ struct arle_device {
     int ordinal, n_sm, cc;              /* cc: 90 for compute capability 9.0 */
     size_t max_smem;
     bool pdl, deterministic;
-    int stream_rows;
+    int stream_rows, tma_rows;
     std::atomic<int> dead;
     pthread_mutex_t mu;                 /* guards reason */
     char reason[256];
@@ -97,9 +98,13 @@ static inline void bump(arle_device *dev, int c, uint64_t by = 1)
     dev->count[c].fetch_add(by, std::memory_order_relaxed);
 }
 
-/** Launches with programmatic dependency on the kernel before it (where enabled), so that launch gaps and prologues overlap. */
+/**
+ * Launches with programmatic dependency on the kernel before it (where enabled), so that launch gaps and prologues overlap.
+ * cluster: blocks that share their memory (compute capability 9.0 and up), 1 = none.
+ */
 template <class... P, class... A>
-static inline int launch(arle_device *dev, cudaStream_t st, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, A... args)
+static inline int launch_clusters(arle_device *dev, cudaStream_t st, int cluster, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem,
+                                  A... args)
 {
     if (smem > 48 * 1024)
         CUDA_TRY(dev, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem));
@@ -108,15 +113,27 @@ static inline int launch(arle_device *dev, cudaStream_t st, void (*kernel)(P...)
     cfg.blockDim = block;
     cfg.dynamicSmemBytes = smem;
     cfg.stream = st;
-    cudaLaunchAttribute attr[1];
-    attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attr[0].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attr[2];
     cfg.attrs = attr;
-    cfg.numAttrs = dev->pdl ? 1 : 0;
-    if (dev->pdl)
+    if (dev->pdl) {
+        attr[cfg.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attr[cfg.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
         bump(dev, COUNT_PDL);
+    }
+    if (cluster > 1) {
+        attr[cfg.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attr[cfg.numAttrs].val.clusterDim.x = (unsigned)cluster;
+        attr[cfg.numAttrs].val.clusterDim.y = attr[cfg.numAttrs].val.clusterDim.z = 1;
+        cfg.numAttrs++;
+    }
     CUDA_TRY(dev, cudaLaunchKernelEx(&cfg, kernel, static_cast<P>(args)...));
     return 0;
+}
+
+template <class... P, class... A>
+static inline int launch(arle_device *dev, cudaStream_t st, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, A... args)
+{
+    return launch_clusters(dev, st, 1, kernel, grid, block, smem, args...);
 }
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

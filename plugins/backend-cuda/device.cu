@@ -9,7 +9,8 @@
 namespace {
 
 const char *const count_names[COUNT_N] = {
-    "gemv", "gemm_stream", "gemm_lt", "attn_decode", "attn_prefill", "gdn_step", "gdn_chunk", "moe", "sample",
+    "gemv", "gemm_stream", "gemm_tma", "gemm_lt", "attn_decode", "attn_prefill", "gdn_step",
+    "gdn_chunk", "moe", "sample",
     "graph_launch", "graph_capture", "pdl_launch", "copy_bytes", "alloc_bytes",
 };
 
@@ -208,6 +209,7 @@ extern "C" int cuda_open_device(void *ctx, uint32_t index, struct arle_device **
     dev->pdl = cx->conf.pdl && dev->cc >= 90;
     dev->deterministic = cx->conf.deterministic != 0;
     dev->stream_rows = (int)cx->conf.stream_rows;
+    dev->tma_rows = (int)cx->conf.tma_rows;
     dev->fault_kernel = dev->fault_alloc = -1;
     if (cublasLtCreate(&dev->lt) != CUBLAS_STATUS_SUCCESS) {
         r = arle_err_set(err, -EIO, "cuBLASLt does not start on GPU %d", dev->ordinal);

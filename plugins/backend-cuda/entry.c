@@ -14,6 +14,8 @@ static const struct arle_conf_key keys[] = {
       .help = "Start each kernel while the one before it still runs, where the GPU can (programmatic dependent launch)." },
     { .name = "stream_rows", .type = ARLE_CONF_I64, .def = "8", .min = 4, .max = 64, .unit = "rows",
       .help = "Most rows whose matrix products stream the weights through own kernels; more go to cuBLASLt." },
+    { .name = "tma_rows", .type = ARLE_CONF_I64, .def = "64", .min = 0, .max = 64, .unit = "rows",
+      .help = "Most rows, beyond stream_rows, whose products stream the weights through the copy engine, where the GPU has one." },
     { .name = "inject_fault", .type = ARLE_CONF_STR, .def = "", .unit = "",
       .help = "For tests: kernel:N makes the N-th op die on the device, alloc:N makes the N-th allocation fail." },
     { .name = NULL },
@@ -28,13 +30,14 @@ static int probe(const struct arle_host *host, struct arle_probe *out, struct ar
 static int open_plugin(const struct arle_host *host, const struct arle_conf *conf, void **out_ctx, struct arle_err *err)
 {
     const struct arle_conf_service *cs = arle_host_conf(host);
-    struct cuda_conf c = { .pdl = 1, .stream_rows = 8 };
+    struct cuda_conf c = { .pdl = 1, .stream_rows = 8, .tma_rows = 64 };
     if (cs != NULL) {
         c.device = cs->i64(conf, "device");
         c.memory = (uint64_t)cs->i64(conf, "memory");
         c.deterministic = cs->i64(conf, "deterministic") != 0;
         c.pdl = cs->i64(conf, "pdl") != 0;
         c.stream_rows = cs->i64(conf, "stream_rows");
+        c.tma_rows = cs->i64(conf, "tma_rows");
         const char *fault = cs->str(conf, "inject_fault");
         snprintf(c.inject_fault, sizeof c.inject_fault, "%s", fault != NULL ? fault : "");
     }

@@ -1,7 +1,9 @@
 /*
- * linear, norm_linear, gate_up. Up to 4 rows go through gemv, up to stream_rows (8) through gemm_stream, more to cuBLASLt. In
- * deterministic mode everything goes through gemm_stream, 64 rows at a time.
+ * linear, norm_linear, gate_up. Up to 4 rows go through gemv, up to stream_rows (8) through gemm_stream, up to tma_rows (64) through
+ * gemm_tma where the GPU has what it needs, more to cuBLASLt. In deterministic mode everything goes through gemm_stream, 64 rows
+ * at a time.
  */
+#include "gemm_tma.cuh"
 #include "gemv.cuh"
 #include <errno.h>
 
@@ -134,16 +136,32 @@ gemm_args product(const arle_weight *w, const bf16 *x, int64_t ld_x, int64_t row
 int matmul(arle_device *dev, cudaStream_t st, const arle_weight *w, const bf16 *x, int64_t ld_x, int64_t rows, void *y, int64_t ld_y,
            bool f32_out, bool accumulate)
 {
-    if (rows > dev->stream_rows && !dev->deterministic)
-        return lt_matmul(dev, st, w->data, w->n, w->k, x, ld_x, rows, y, ld_y, f32_out, accumulate);
     gemm_args a = product(w, x, ld_x, rows, y, ld_y);
     int out = f32_out ? (accumulate ? GEMM_F32_ADD : GEMM_F32) : (accumulate ? GEMM_BF16_ADD : GEMM_BF16);
+    a.out = out;
+    if (gemm_tma_fits(dev, a, false))
+        return gemm_tma(dev, st, tma_args{ a });
+    if (rows > dev->stream_rows && !dev->deterministic)
+        return lt_matmul(dev, st, w->data, w->n, w->k, x, ld_x, rows, y, ld_y, f32_out, accumulate);
     gemv_args v = {};
     v.g = a;
-    v.g.out = out;
     if (!dev->deterministic && gemv_fits(v))
         return gemv(dev, st, v);
     return stream_rows(dev, st, a, out);
+}
+
+/* The same product as a gemv with its norm, for more rows; false where that is not to be had. */
+bool normed_tma(arle_device *dev, cudaStream_t st, const gemv_args &v, int *out_r)
+{
+    if (!gemm_tma_fits(dev, v.g, v.norm_w != NULL))
+        return false;
+    tma_args a = {};
+    a.g = v.g;
+    a.norm_w = v.norm_w;
+    a.eps = v.eps;
+    a.w_offset = v.w_offset;
+    *out_r = gemm_tma(dev, st, a);
+    return true;
 }
 
 bool aligned_rows(const void *p, int64_t ld) { return ((uintptr_t)p & 15) == 0 && ld % 8 == 0; }
@@ -215,6 +233,9 @@ extern "C" int cuda_norm_linear(struct arle_device *dev, struct arle_stream *st,
     v.w_offset = a->w_offset;
     if (!dev->deterministic && gemv_fits(v) && aligned_rows(a->x, a->ld_x))
         return gemv(dev, cs(st), v);
+    int r;
+    if (normed_tma(dev, cs(st), v, &r))
+        return r;
     arle_rmsnorm_args n = {};
     n.dtype = a->dtype;
     n.n_tokens = a->n_tokens;
@@ -226,7 +247,7 @@ extern "C" int cuda_norm_linear(struct arle_device *dev, struct arle_stream *st,
     n.w = a->norm_w;
     n.out = a->scratch;
     n.ld_out = a->w->k;
-    int r = launch_rmsnorm(dev, cs(st), &n);
+    r = launch_rmsnorm(dev, cs(st), &n);
     if (r < 0)
         return r;
     return matmul(dev, cs(st), a->w, (const bf16 *)a->scratch, a->w->k, a->n_tokens, a->y, a->ld_y, a->out_dtype == ARLE_F32, false);
@@ -251,6 +272,9 @@ extern "C" int cuda_gate_up(struct arle_device *dev, struct arle_stream *st, con
     v.w_offset = a->w_offset;
     if (!dev->deterministic && gemv_fits(v) && aligned_rows(x, ld_x))
         return gemv(dev, cs(st), v);
+    int r;
+    if (normed_tma(dev, cs(st), v, &r))
+        return r;
     if (a->norm_w != NULL) {
         arle_rmsnorm_args n = {};
         n.dtype = a->dtype;
@@ -263,7 +287,7 @@ extern "C" int cuda_gate_up(struct arle_device *dev, struct arle_stream *st, con
         n.w = a->norm_w;
         n.out = a->scratch;
         n.ld_out = w->k;
-        int r = launch_rmsnorm(dev, cs(st), &n);
+        r = launch_rmsnorm(dev, cs(st), &n);
         if (r < 0)
             return r;
         x = (const bf16 *)a->scratch;
@@ -271,15 +295,18 @@ extern "C" int cuda_gate_up(struct arle_device *dev, struct arle_stream *st, con
     }
     if (!aligned_rows(x, ld_x))
         return -EINVAL;
+    gemm_args g = product(w, x, ld_x, a->n_tokens, a->out, a->ld_out);
+    g.limit = a->limit;
+    g.out = GEMM_SILU;
+    if (gemm_tma_fits(dev, g, false))
+        return gemm_tma(dev, cs(st), tma_args{ g });
     /* Padded rows of w (I not a multiple of 8) do not fit the scratch, so such shapes stay on the streaming path. */
     if (a->n_tokens > (uint32_t)dev->stream_rows && !dev->deterministic && w->n == 2 * w->n_real) {
         bf16 *gu = (bf16 *)a->scratch + (int64_t)a->n_tokens * w->k;
-        int r = lt_matmul(dev, cs(st), w->data, w->n, w->k, x, ld_x, a->n_tokens, gu, w->n, false, false);
+        r = lt_matmul(dev, cs(st), w->data, w->n, w->k, x, ld_x, a->n_tokens, gu, w->n, false, false);
         if (r < 0)
             return r;
         return launch_silu_interleaved(dev, cs(st), gu, w->n, (bf16 *)a->out, a->ld_out, a->n_tokens, w->n_real, a->limit);
     }
-    gemm_args g = product(w, x, ld_x, a->n_tokens, a->out, a->ld_out);
-    g.limit = a->limit;
     return stream_rows(dev, cs(st), g, GEMM_SILU);
 }

@@ -1,0 +1,597 @@
+/*
+ * gemm_tma: y[t, n] = sum_k x[t, k] W[n, k] for 9 to 64 tokens on compute capability 9.0, W streamed once at memory speed.
+ *
+ * Two threads ask the copy engine for boxes of W and x, one warpgroup multiplies them where they land; nothing else passes through
+ * registers. Tokens are the product's 64 rows (fewer: the rows past them multiply what lies there, and are dropped), rows of W its
+ * columns: 64 to 160, so chosen that every multiprocessor gets one tile. Where W has too few rows for that, the blocks of a cluster
+ * share a tile along K; parts are added up in the order of the blocks, so that results do not depend on timing.
+ *
+ * The next kernel is let in shortly before the last box of W is asked for. Its own first boxes of W then follow at once, while
+ * this one finishes. A norm before the product is done in place on the boxes of x: its weights before the product, the scale of a
+ * token after it.
+ */
+#ifndef BACKEND_CUDA_GEMM_TMA_CUH
+#define BACKEND_CUDA_GEMM_TMA_CUH
+
+#include "gemm.cuh"
+#include "wgmma.cuh"
+#include <cuda.h>
+
+/*
+ * Bytes. kTmaMemory: the ring of a block, two of which fit one multiprocessor. kTmaFlight: W under way at a time; whatever else a
+ * multiprocessor asks of the memory, the last steps of the kernel before this one among it, waits behind that. kTmaLeft: W not yet asked
+ * for when the next kernel is let in. H100, four products of a layer at 16 rows: 85 us (36, 50 KB); 86 and 90 (24 and 60 KB under way);
+ * 91 and 90 (nothing and 100 KB left).
+ */
+const int kTmaMemory = 108 * 1024, kTmaFlight = 36 * 1024, kTmaLeft = 50 * 1024, kTmaStages = 10;
+
+struct tma_args {
+    gemm_args g;
+    int split;                  /* blocks that share a tile */
+    const float *norm_w;        /* NULL: x as it is */
+    float eps, w_offset;
+};
+
+/* TN: tokens; N16: rows of W per tile, in sixteens. A stage: [TN] then [16 N16] rows of 64 columns. */
+template <int TN, int N16> struct tma_shape {
+    static constexpr int N = N16 * 16, X_BYTES = TN * 128, STAGE = X_BYTES + N * 128;
+    static constexpr int FIT = kTmaMemory / STAGE, STAGES = FIT < kTmaStages ? FIT : kTmaStages;
+    static constexpr int SMEM = STAGE * STAGES + 1024;      /* boxes are aligned to 1024 bytes */
+    static constexpr int UNDER_WAY = (kTmaFlight + N * 128 - 1) / (N * 128), FLIGHT = UNDER_WAY < STAGES ? UNDER_WAY : STAGES;
+    static constexpr int LEFT = kTmaLeft / (N * 128);       /* as FLIGHT: boxes of W */
+};
+
+/* Whether rows of results end with an eight and are aligned for pairs. */
+static __host__ __device__ __forceinline__ bool tma_eights(const gemm_args &a)
+{
+    return a.n % 8 == 0 && a.n_out % 8 == 0 && a.ld_y % 2 == 0 && ((uintptr_t)a.y & 7) == 0;
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+static __device__ __forceinline__ void mbar_init(uint32_t bar, int count)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+static __device__ __forceinline__ void mbar_arrive(uint32_t bar)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+static __device__ __forceinline__ void mbar_expect(uint32_t bar, int bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void mbar_wait(uint32_t bar, int parity)
+{
+    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}\n"
+                 ::"r"(bar), "r"(parity) : "memory");
+}
+
+/* A box at column k of row `row`; zeros where it leaves the matrix. */
+static __device__ __forceinline__ void tma_box(uint32_t dst, const CUtensorMap *map, int k, int row, uint32_t bar, uint64_t policy)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1, {%2, %3}], [%4], %5;"
+                 ::"r"(dst), "l"(map), "r"(k), "r"(row), "r"(bar), "l"(policy) : "memory");
+}
+
+/* `bytes` of global memory, sixteen-byte aligned. */
+static __device__ __forceinline__ void bulk_copy(uint32_t dst, const void *src, int bytes, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(dst), "l"(src), "r"(bytes), "r"(bar) : "memory");
+}
+
+template <bool FIRST> static __device__ __forceinline__ uint64_t tma_policy()
+{
+    uint64_t p;
+    if (FIRST)
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
+    else
+        asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p));
+    return p;
+}
+
+/* d (+)= A B^T: A 64 x 16, B 16, 32 or 64 x 16, both in shared memory with the inner dimension contiguous. */
+static __device__ __forceinline__ void tma_product(float (&d)[8], uint64_t a, uint64_t b, int accumulate)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, 0, 0;\n}\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+                 : "l"(a), "l"(b), "r"(accumulate));
+}
+static __device__ __forceinline__ void tma_product(float (&d)[16], uint64_t a, uint64_t b, int accumulate)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0;\n}\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+                 : "l"(a), "l"(b), "r"(accumulate));
+}
+static __device__ __forceinline__ void tma_product(float (&d)[32], uint64_t a, uint64_t b, int accumulate)
+{
+    wgmma_64x64(d, a, b, accumulate);
+}
+
+/* One step of 16 columns: d[token][row of W] (+)= x W^T. */
+template <int N>
+static __device__ __forceinline__ void tma_products(float (&d)[N / 2], uint32_t x, uint32_t w, int accumulate)
+{
+    constexpr int full = N / 64, half = N & 32, quarter = N & 16;
+    const uint64_t a = wgmma_desc(x, 16);
+#pragma unroll
+    for (int i = 0; i < full; i++)
+        tma_product(*reinterpret_cast<float (*)[32]>(d + i * 32), a, wgmma_desc(w + i * 8192, 16), accumulate);
+    if (half)
+        tma_product(*reinterpret_cast<float (*)[16]>(d + full * 32), a, wgmma_desc(w + full * 8192, 16), accumulate);
+    if (quarter)
+        tma_product(*reinterpret_cast<float (*)[8]>(d + full * 32 + half / 2), a, wgmma_desc(w + full * 8192 + half * 128, 16),
+                    accumulate);
+}
+
+/* The warpgroup that multiplies, without the warps that load. */
+static __device__ __forceinline__ void tma_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+
+/* The threads of a cluster's blocks wait for each other (those that have left do not count); says nothing about memory. */
+static __device__ __forceinline__ void cluster_arrive()
+{
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ void cluster_wait()
+{
+    __syncwarp();
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+/* `bytes` from here to `dst` in the shared memory of block `rank` of the cluster, counted by the barrier at `bar` there. */
+static __device__ __forceinline__ void cluster_copy(uint32_t dst, uint32_t bar, int rank, uint32_t src, int bytes)
+{
+    asm volatile("{\n.reg .b32 r, b;\nmapa.shared::cluster.u32 r, %0, %2;\nmapa.shared::cluster.u32 b, %1, %2;\n"
+                 "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [r], [%3], %4, [b];\n}\n"
+                 ::"r"(dst), "r"(bar), "r"(rank), "r"(src), "r"(bytes) : "memory");
+}
+
+static __device__ __forceinline__ void shared_put2(uint32_t addr, float x, float y)
+{
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(addr), "f"(x), "f"(y) : "memory");
+}
+static __device__ __forceinline__ float4 shared4(uint32_t addr)
+{
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(addr) : "memory");
+    return v;
+}
+
+/* A tile from the registers: a lane holds tokens t and t + 8, of every eight rows of W two neighbours. Rows end with an eight. */
+template <int N>
+static __device__ __forceinline__ void tma_store(const gemm_args &a, int m0, const float (&d)[N / 2], int t, int lane,
+                                                 const float (&scale)[2])
+{
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        if (t + e * 8 >= a.rows)
+            continue;
+        const float s = scale[e];
+        const int64_t row = (t + e * 8) * a.ld_y;
+        if (a.out == GEMM_SILU) {
+            bf16 *y = (bf16 *)a.y + row + m0 / 2 + 2 * (lane & 3);
+#pragma unroll
+            for (int j = 0; j < N / 8; j += 2) {
+                const float *g = d + 4 * j + 2 * e, *u = g + 4;
+                if (m0 / 2 + j * 4 < a.n_out)
+                    *(uint32_t *)(y + j * 4) = pack2(silu_limited(g[0] * s, u[0] * s, a.limit),
+                                                     silu_limited(g[1] * s, u[1] * s, a.limit));
+            }
+        } else if (a.out == GEMM_F32) {
+            float *y = (float *)a.y + row + m0 + 2 * (lane & 3);
+#pragma unroll
+            for (int j = 0; j < N / 8; j++)
+                if (m0 + j * 8 < a.n)
+                    *(float2 *)(y + j * 8) = make_float2(d[4 * j + 2 * e] * s, d[4 * j + 2 * e + 1] * s);
+        } else {
+            bf16 *y = (bf16 *)a.y + row + m0 + 2 * (lane & 3);
+#pragma unroll
+            for (int j = 0; j < N / 8; j++)
+                if (m0 + j * 8 < a.n)
+                    *(uint32_t *)(y + j * 8) = pack2(d[4 * j + 2 * e] * s, d[4 * j + 2 * e + 1] * s);
+        }
+    }
+}
+
+/* Four neighbours of a tile, from n on. `whole`: they all exist and are aligned. */
+static __device__ __forceinline__ void tma_put4(const gemm_args &a, int t, int n, float4 v, bool whole, uint2 old)
+{
+    const int64_t i = t * a.ld_y + n;
+    if (whole && a.out == GEMM_F32) {
+        *(float4 *)((float *)a.y + i) = v;
+    } else if (whole && (a.out == GEMM_BF16 || a.out == GEMM_BF16_ADD)) {
+        const float2 lo = unpack2(old.x), hi = unpack2(old.y);      /* zeros for GEMM_BF16 */
+        *(uint2 *)((bf16 *)a.y + i) = make_uint2(pack2(v.x + lo.x, v.y + lo.y), pack2(v.z + hi.x, v.w + hi.y));
+    } else {
+        const float f[4] = { v.x, v.y, v.z, v.w };
+#pragma unroll 1
+        for (int e = 0; e < 4 && n + e < a.n; e++)
+            gemm_put(a, t, n + e, e == 0 ? f[0] : e == 1 ? f[1] : e == 2 ? f[2] : f[3]);
+    }
+}
+
+/* Four units of an MLP from their gates and their other halves, from o on. */
+static __device__ __forceinline__ void tma_units4(const gemm_args &a, int t, int o, float4 g, float4 u, bool whole)
+{
+    const float f[4] = { silu_limited(g.x, u.x, a.limit), silu_limited(g.y, u.y, a.limit), silu_limited(g.z, u.z, a.limit),
+                         silu_limited(g.w, u.w, a.limit) };
+    bf16 *y = (bf16 *)a.y + t * a.ld_y + o;
+    if (whole && o + 3 < a.n_out) {
+        *(uint2 *)y = make_uint2(pack2(f[0], f[1]), pack2(f[2], f[3]));
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        if (o + e < a.n_out)
+            y[e] = __float2bfloat16_rn(f[e]);
+}
+
+/* What a block finishes of a tile: whole tokens, four neighbours (item) at a time. */
+struct tma_part {
+    int t0, own, items;         /* first token, tokens, items */
+    uint2 old[4];               /* GEMM_BF16_ADD: what a thread's first four items are added to */
+    bool whole;                 /* fours are aligned, and end where W ends */
+};
+
+static __device__ __forceinline__ uint2 tma_old(const gemm_args &a, int t, int n, bool whole)
+{
+    return whole && a.out == GEMM_BF16_ADD && n < a.n ? *(const uint2 *)((const bf16 *)a.y + t * a.ld_y + n) : make_uint2(0, 0);
+}
+
+template <int TN, int N>
+static __device__ __forceinline__ tma_part tma_part_of(const gemm_args &a, int m0, int split, int rank, int tid)
+{
+    tma_part p = {};
+    p.own = TN / split;
+    p.t0 = rank * p.own;
+    p.items = min(max(a.rows - p.t0, 0), p.own) * (a.out == GEMM_SILU ? N / 8 : N / 4);
+    p.whole = (a.n & 3) == 0 && (a.ld_y & 3) == 0 && ((uintptr_t)a.y & 15) == 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int i = tid + j * 128;
+        if (i < p.items)
+            p.old[j] = tma_old(a, p.t0 + i / (N / 4), m0 + i % (N / 4) * 4, p.whole);
+    }
+    return p;
+}
+
+/*
+ * The end of a block's only tile, in the place of the ring: [token][N + 8] floats of this block; behind them [block][token][N + 8] of
+ * the tokens that this block finishes, each part copied by the block that made it, and added up in the order of the blocks. Code that
+ * runs once costs its way from memory, so it is short. bar: nobody's yet.
+ */
+template <int TN, int N>
+static __device__ __forceinline__ void tma_finish(const tma_args &a, int m0, uint32_t own, const float (&d)[N / 2], const float *scale,
+                                                  uint32_t bar, const tma_part &p, int rank, int tid)
+{
+    constexpr int PAD = N + 8;      /* two tokens' pairs fall into different banks */
+    const int lane = tid & 31, t = (tid >> 5) * 16 + (lane >> 2);
+    tma_sync();             /* the slower warps have read the ring's last stage */
+    if (t < TN) {
+        const uint32_t at = own + (t * PAD + 2 * (lane & 3)) * 4;
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+            shared_put2(at + j * 32, d[4 * j], d[4 * j + 1]);
+            shared_put2(at + j * 32 + PAD * 32, d[4 * j + 2], d[4 * j + 3]);
+        }
+    }
+    uint32_t red = own;
+    if (a.split > 1) {
+        const int bytes = p.own * PAD * 4;
+        red = own + TN * PAD * 4;
+        if (tid == 0)
+            mbar_expect(bar, bytes * a.split);
+        wgmma_publish();
+        cluster_arrive();
+        cluster_wait();     /* all rings are done with, and all parts written */
+        if (tid < a.split)
+            cluster_copy(red + rank * bytes, bar, tid, own + tid * bytes, bytes);
+        mbar_wait(bar, 0);
+    } else {
+        tma_sync();
+    }
+    auto sum = [&](int token, int r) {
+        const uint32_t at = red + (token * PAD + r) * 4;
+        float4 s = shared4(at);
+#pragma unroll 4
+        for (int b = 1; b < a.split; b++) {
+            const float4 v = shared4(at + b * p.own * PAD * 4);
+            s = make_float4(s.x + v.x, s.y + v.y, s.z + v.z, s.w + v.w);
+        }
+        const float f = scale != NULL ? scale[token] : 1.f;
+        return make_float4(s.x * f, s.y * f, s.z * f, s.w * f);
+    };
+    if (a.g.out == GEMM_SILU)
+#pragma unroll 2
+        for (int i = tid; i < p.items; i += 128) {
+            const int token = i / (N / 8), q = i % (N / 8), r = (q >> 1) * 16 + (q & 1) * 4;
+            tma_units4(a.g, p.t0 + token, m0 / 2 + q * 4, sum(token, r), sum(token, r + 8), p.whole);
+        }
+    else
+#pragma unroll 1
+        for (int i = tid, j = 0; i < p.items; i += 128, j++) {
+            const int token = i / (N / 4), q = i % (N / 4);
+            if (m0 + q * 4 >= a.g.n)
+                continue;
+            uint2 old = j == 0 ? p.old[0] : j == 1 ? p.old[1] : j == 2 ? p.old[2] : p.old[3];
+            if (j > 3)
+                old = tma_old(a.g, p.t0 + token, m0 + q * 4, p.whole);
+            tma_put4(a.g, p.t0 + token, m0 + q * 4, sum(token, q * 4), p.whole, old);
+        }
+}
+
+/*
+ * Eight columns of each of TN / 16 tokens: times the norm's weights (64 floats at nw, the first `columns` of them), in place; ss gathers
+ * the squares.
+ */
+template <int TN>
+static __device__ __forceinline__ void tma_norm(uint32_t x, uint32_t nw, int columns, float offset, float (&ss)[TN / 16], int tid)
+{
+    if ((tid & 7) * 8 >= columns)
+        return;             /* x is zero there, and there are no weights */
+    const float4 lo = shared4(nw + (tid & 7) * 32), hi = shared4(nw + (tid & 7) * 32 + 16);
+    const float w[8] = { lo.x + offset, lo.y + offset, lo.z + offset, lo.w + offset,
+                         hi.x + offset, hi.y + offset, hi.z + offset, hi.w + offset };
+    uint32_t v[TN / 16][4];
+#pragma unroll
+    for (int r = 0; r < TN / 16; r++) {
+        const int row = (tid >> 3) + r * 16;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v[r][0]), "=r"(v[r][1]), "=r"(v[r][2]), "=r"(v[r][3])
+                     : "r"(x + row * 128 + (((tid & 7) ^ (row & 7)) << 4)) : "memory");
+    }
+#pragma unroll
+    for (int r = 0; r < TN / 16; r++) {
+        const int row = (tid >> 3) + r * 16;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const float2 f = unpack2(v[r][e]);
+            ss[r] += f.x * f.x + f.y * f.y;
+            v[r][e] = pack2(f.x * w[2 * e], f.y * w[2 * e + 1]);
+        }
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(x + row * 128 + (((tid & 7) ^ (row & 7)) << 4)),
+                     "r"(v[r][0]), "r"(v[r][1]), "r"(v[r][2]), "r"(v[r][3]) : "memory");
+    }
+}
+
+#endif
+
+template <int TN, int N16>
+static __global__ void __launch_bounds__(192, 2) gemm_tma_kernel(const __grid_constant__ tma_args a,
+                                                                 const __grid_constant__ CUtensorMap w_map,
+                                                                 const __grid_constant__ CUtensorMap x_map)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    using S = tma_shape<TN, N16>;
+    extern __shared__ unsigned char tma_mem[];
+    __shared__ __align__(8) uint64_t bars[3 * S::STAGES + 1];
+    __shared__ __align__(128) float norm_w[S::STAGES][64];
+    __shared__ float scale[64];         /* the norm's, of each token */
+    const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
+    const uint32_t smem = (smem_u32(tma_mem) + 1023) & ~1023u, w_full = smem_u32(bars), x_full = w_full + 8 * S::STAGES,
+                   empty = x_full + 8 * S::STAGES, join = empty + 8 * S::STAGES;
+
+    /* A cluster takes a tile, a block its part of the tile's units; blocks without partners walk over the tiles. */
+    const int n_tiles = (a.g.n + S::N - 1) / S::N, ku = (a.g.k + 63) / 64;
+    const int rank = blockIdx.x % a.split, tile0 = blockIdx.x / a.split;
+    const int kb0 = ku * rank / a.split, kb1 = ku * (rank + 1) / a.split, step = gridDim.x / a.split;
+    const int len = kb1 - kb0, nu = (n_tiles - tile0 + step - 1) / step * len;
+    if (tid == 0) {
+        for (int s = 0; s < S::STAGES; s++) {
+            mbar_init(w_full + 8 * s, 1);
+            mbar_init(x_full + 8 * s, 1);
+            mbar_init(empty + 8 * s, 4);        /* one arrival a warp */
+        }
+        mbar_init(join, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (warp >= 4) {
+        /* Warp 4 asks for W, warp 5 for x. */
+        if (lane != 0)
+            return;
+        const bool is_w = warp == 4;
+        const uint64_t policy = is_w ? tma_policy<true>() : tma_policy<false>();
+        int tile = tile0, j = 0;
+        if (!is_w)
+            pdl_wait();
+        for (int i = 0; i < nu; i++) {
+            const int s = i % S::STAGES, kb = kb0 + j;
+            if (i >= S::STAGES)
+                mbar_wait(empty + 8 * s, (i / S::STAGES - 1) & 1);
+            if (is_w) {
+                const int before = i - S::FLIGHT;
+                if (before >= 0)
+                    mbar_wait(w_full + 8 * (before % S::STAGES), before / S::STAGES & 1);
+                mbar_expect(w_full + 8 * s, S::N * 128);
+                tma_box(smem + s * S::STAGE + S::X_BYTES, &w_map, kb * 64, tile * S::N, w_full + 8 * s, policy);
+            } else {
+                const int nw = a.norm_w == NULL ? 0 : min(a.g.k - kb * 64, 64) * 4;
+                mbar_expect(x_full + 8 * s, S::X_BYTES + nw);
+                if (nw > 0)
+                    bulk_copy(smem_u32(norm_w[s]), a.norm_w + kb * 64, nw, x_full + 8 * s);
+                tma_box(smem + s * S::STAGE, &x_map, kb * 64, 0, x_full + 8 * s, policy);
+            }
+            if (++j == len) {
+                j = 0;
+                tile += step;
+            }
+            /* Not earlier: the first boxes of what runs next are to come after the last of these. */
+            if (is_w && i == max(nu - 1 - S::LEFT, 0))
+                pdl_launch();
+        }
+        return;
+    }
+
+    const bool norm = a.norm_w != NULL, once = nu == len;
+    /* With tokens enough for all warps, results may go from the registers where they can. */
+    const bool direct = TN > 16 && a.split == 1 && a.g.out != GEMM_BF16_ADD && a.g.out != GEMM_F32_ADD && tma_eights(a.g);
+    static_assert(S::SMEM - 1024 >= 2 * TN * (S::N + 8) * 4, "parts meet in the place of the ring");
+    float d[S::N / 2];
+    pdl_wait();             /* y belongs to the kernels before until now */
+    tma_part part = {};
+    if (once && !direct)
+        part = tma_part_of<TN, S::N>(a.g, tile0 * S::N, a.split, rank, tid);
+    int i = 0;
+    for (int tile = tile0; tile < n_tiles; tile += step) {
+        float ss[TN / 16] = {};
+        for (int j = 0; j < len; j++, i++) {
+            const int s = i % S::STAGES;
+            const uint32_t xs = smem + s * S::STAGE, ws = xs + S::X_BYTES;
+            mbar_wait(w_full + 8 * s, i / S::STAGES & 1);
+            mbar_wait(x_full + 8 * s, i / S::STAGES & 1);
+            if (norm) {
+                tma_norm<TN>(xs, smem_u32(norm_w[s]), a.g.k - (kb0 + j) * 64, a.w_offset, ss, tid);
+                wgmma_publish();
+                tma_sync();
+            }
+            wgmma_fence();
+#pragma unroll
+            for (int kk = 0; kk < 4; kk++)
+                tma_products<S::N>(d, xs + kk * 32, ws + kk * 32, j > 0 || kk > 0);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (j > 0 && lane == 0)
+                mbar_arrive(empty + 8 * ((i - 1) % S::STAGES));
+        }
+        wgmma_wait<0>();
+        wgmma_hold(d);
+        if (lane == 0)
+            mbar_arrive(empty + 8 * ((i - 1) % S::STAGES));
+        if (norm) {
+#pragma unroll
+            for (int r = 0; r < TN / 16; r++) {
+                float v = ss[r];
+                v += __shfl_xor_sync(0xffffffffu, v, 1);
+                v += __shfl_xor_sync(0xffffffffu, v, 2);
+                v += __shfl_xor_sync(0xffffffffu, v, 4);
+                if ((lane & 7) == 0)
+                    scale[(tid >> 3) + r * 16] = rsqrtf(v / (float)a.g.k + a.eps);
+            }
+            tma_sync();
+        }
+        if (once && !direct) {
+            tma_finish<TN, S::N>(a, tile * S::N, smem, d, norm ? scale : NULL, join, part, rank, tid);
+            break;
+        }
+        const int t = warp * 16 + (lane >> 2);
+        if (warp * 16 < TN) {
+            const float f[2] = { norm ? scale[t] : 1.f, norm ? scale[t + 8] : 1.f };
+            tma_store<S::N>(a.g, tile * S::N, d, t, lane, f);
+        }
+    }
+#endif
+}
+
+/** The driver's encoder of tensor maps, or NULL where there is none. */
+typedef CUresult (*tma_encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
+                                  const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+static inline tma_encode_fn tma_encoder_find()
+{
+    void *p = NULL;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &p, 12000, cudaEnableDefault, &found) == cudaSuccess
+        && found == cudaDriverEntryPointSuccess)
+        return (tma_encode_fn)p;
+    return NULL;
+}
+static inline tma_encode_fn tma_encoder()
+{
+    static const tma_encode_fn fn = tma_encoder_find();
+    return fn;
+}
+
+/* Rows of k bf16, ld apart, in boxes of 64 columns and box_rows rows, swizzled as wgmma_desc says. */
+static inline bool tma_map(CUtensorMap *map, const bf16 *p, int64_t rows, int64_t k, int64_t ld, int box_rows)
+{
+    cuuint64_t dims[2] = { (cuuint64_t)k, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)ld * 2 };
+    cuuint32_t box[2] = { 64, (cuuint32_t)box_rows }, step[2] = { 1, 1 };
+    return tma_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, dims, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+        == CUDA_SUCCESS;
+}
+
+/* How a product is cut: rows of W per tile in sixteens, blocks that share a tile, bytes that the busiest multiprocessor moves. */
+struct tma_plan { int n16, split; int64_t cost; };
+
+/*
+ * The cut that leaves the busiest multiprocessor the least to move: its tiles; x at a quarter, since it comes from the L2 cache; parts of
+ * a shared tile, at 14 KB/us where a multiprocessor's part of the memory's bandwidth is 23 (H100).
+ */
+static inline tma_plan tma_choose(int n_sm, int64_t n, int64_t k, int tokens, int most_split)
+{
+    tma_plan best = { 8, 1, INT64_MAX };
+    const int64_t ku = ceil_div(k, 64);
+    for (int n16 = 4; n16 <= 10; n16++)
+        for (int split = 1; split <= most_split; split *= 2) {
+            const int64_t rows = n16 * 16, blocks = ceil_div(n, rows) * split, joined = split > 1 ? tokens * (rows + 8) * 4 * 8 / 5 : 0;
+            const int64_t cost = ceil_div(blocks, n_sm) * ceil_div(ku, split) * (rows + tokens / 4) * 128 + joined;
+            if (split > 1 && (blocks > n_sm || ku < 2 * split))
+                continue;
+            if (cost < best.cost)
+                best = { n16, split, cost };
+        }
+    return best;
+}
+
+template <int TN, int N16>
+static int gemm_tma_launch(arle_device *dev, cudaStream_t st, const tma_args &a)
+{
+    CUtensorMap w, x;
+    if (!tma_map(&w, a.g.w, a.g.n, a.g.k, a.g.k, N16 * 16) || !tma_map(&x, a.g.x, a.g.rows, a.g.k, a.g.ld_x, TN))
+        return cuda_fail(dev, cudaErrorInvalidValue, "cuTensorMapEncodeTiled", __FILE__, __LINE__);
+    bump(dev, COUNT_GEMM_TMA);
+    const int64_t blocks = ceil_div(a.g.n, N16 * 16) * a.split;
+    const dim3 grid((unsigned)(blocks < dev->n_sm ? blocks : dev->n_sm));
+    return launch_clusters(dev, st, a.split, gemm_tma_kernel<TN, N16>, grid, dim3(192), tma_shape<TN, N16>::SMEM, a, w, x);
+}
+
+template <int TN>
+static int gemm_tma_tokens(arle_device *dev, cudaStream_t st, tma_args a)
+{
+    const tma_plan p = tma_choose(dev->n_sm, a.g.n, a.g.k, TN, a.norm_w != NULL ? 1 : 8);
+    a.split = p.split;
+    switch (p.n16) {
+    case 4: return gemm_tma_launch<TN, 4>(dev, st, a);
+    case 5: return gemm_tma_launch<TN, 5>(dev, st, a);
+    case 6: return gemm_tma_launch<TN, 6>(dev, st, a);
+    case 7: return gemm_tma_launch<TN, 7>(dev, st, a);
+    case 8: return gemm_tma_launch<TN, 8>(dev, st, a);
+    case 9: return gemm_tma_launch<TN, 9>(dev, st, a);
+    default: return gemm_tma_launch<TN, 10>(dev, st, a);
+    }
+}
+
+/** Whether gemm_tma serves a (its `out` as well) here: 9.0, rows of 16 bytes, not in deterministic mode. */
+static inline bool gemm_tma_fits(const arle_device *dev, const gemm_args &a, bool norm)
+{
+    if (dev->cc != 90 || dev->deterministic || a.rows <= dev->stream_rows || a.rows > dev->tma_rows || a.k % 8 != 0 || a.ld_x % 8 != 0
+        || ((uintptr_t)a.x & 15) != 0 || tma_encoder() == NULL)
+        return false;
+    const int tokens = a.rows <= 16 ? 16 : a.rows <= 32 ? 32 : 64;
+    const tma_plan p = tma_choose(dev->n_sm, a.n, a.k, tokens, norm ? 1 : 8);
+    /* A norm is for blocks that see all of a token. Where shared tiles save more than a kernel for the norm takes (2 us), it has one. */
+    if (norm && p.cost > tma_choose(dev->n_sm, a.n, a.k, tokens, 8).cost + 48 * 1024)
+        return false;
+    /* Blocks with more than one tile store plain results in eights, and nothing else. */
+    return ceil_div(a.n, p.n16 * 16) * p.split <= dev->n_sm
+        || (tma_eights(a) && a.out != GEMM_BF16_ADD && a.out != GEMM_F32_ADD);
+}
+
+/** The product of a.g (its `out` as given), after the norm where norm_w is given; call where gemm_tma_fits. */
+static int gemm_tma(arle_device *dev, cudaStream_t st, const tma_args &a)
+{
+    return a.g.rows <= 16   ? gemm_tma_tokens<16>(dev, st, a)
+           : a.g.rows <= 32 ? gemm_tma_tokens<32>(dev, st, a)
+                            : gemm_tma_tokens<64>(dev, st, a);
+}
+
+#endif
