@@ -289,11 +289,13 @@ static __device__ __forceinline__ void tma_finish(const tma_args &a, int m0, uin
         if (tid == 0)
             mbar_expect(bar, bytes * a.split);
         wgmma_publish();
+        tma_sync();
         cluster_arrive();
-        cluster_wait();     /* all rings are done with, and all parts written */
+        cluster_wait();     /* all rings are done with */
         if (tid < a.split)
             cluster_copy(red + rank * bytes, bar, tid, own + tid * bytes, bytes);
         mbar_wait(bar, 0);
+        cluster_arrive();
     } else {
         tma_sync();
     }
@@ -325,6 +327,8 @@ static __device__ __forceinline__ void tma_finish(const tma_args &a, int m0, uin
                 old = tma_old(a.g, p.t0 + token, m0 + q * 4, p.whole);
             tma_put4(a.g, p.t0 + token, m0 + q * 4, sum(token, q * 4), p.whole, old);
         }
+    if (a.split > 1)
+        cluster_wait();     /* what the others were sent lay here until they had it */
 }
 
 /*
