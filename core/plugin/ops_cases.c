@@ -116,7 +116,7 @@ static void run_rmsnorm(struct ops_backend *b, const struct ops_case *c, uint32_
 {
     int64_t n = c->p[0], dim = c->p[1];
     float *x = randoms(2, n * dim, 3), *w = randoms(3, dim, 1), eps = 1e-6f;
-    int32_t rows[64];
+    int32_t *rows = malloc((size_t)n * 4);
     for (int64_t i = 0; i < n; i++)
         rows[i] = (int32_t)((i * 5 + 3) % n);
     void *dx = ops_put_act(b, dtype, x, n * dim, x), *y = c->p[3] ? dx : ops_alloc(b, (size_t)(n * dim) * asize(dtype));
@@ -133,6 +133,7 @@ static void run_rmsnorm(struct ops_backend *b, const struct ops_case *c, uint32_
     part(out, "out", n * dim, fetch(b, dtype, y, n * dim), want, 1e-5, 1e-2);
     free(x);
     free(w);
+    free(rows);
 }
 
 /* ---- linear: p = tokens, N, K, weight dtype, f32 output, accumulate, norm first --------------------------------------- */
@@ -1084,6 +1085,8 @@ const struct ops_case ops_cases[] = {
     { "embed random f32", run_embed_random, { 21, 33, ARLE_F32 } },
     { "rmsnorm", run_rmsnorm, { 5, 1024 } },
     { "rmsnorm gathered, odd width", run_rmsnorm, { 7, 77, 1 } },
+    { "rmsnorm 1100 rows", run_rmsnorm, { 1100, 2568 } },
+    { "rmsnorm 1030 rows, gathered", run_rmsnorm, { 1030, 1000, 1 } },
     { "rmsnorm in place", run_rmsnorm, { 3, 100, 0, 1 } },
     { "linear 1 row", run_linear, { 1, 96, 128, ARLE_BF16 } },
     { "linear 1 row, odd K and N", run_linear, { 1, 83, 131, ARLE_BF16, 1 } },
@@ -1125,6 +1128,7 @@ const struct ops_case ops_cases[] = {
     { "gate_up 20 rows, aligned", run_gate_up, { 20, 72, 512, ARLE_BF16, 1, 25 } },
     { "gate_up 64 rows, aligned", run_gate_up, { 64, 88, 256, ARLE_BF16, 0 } },
     { "gate_up 100 rows, aligned", run_gate_up, { 100, 640, 256, ARLE_BF16, 1 } },
+    { "gate_up 700 rows, aligned", run_gate_up, { 700, 328, 200, ARLE_BF16, 1, 25 } },
     { "silu_mul", run_silu_mul, { 3, 70, 0 } },
     { "silu_mul limited", run_silu_mul, { 2, 33, 70 } },
     { "gate_up 1 row", run_gate_up, { 1, 96, 64, ARLE_BF16, 1 } },
@@ -1180,6 +1184,8 @@ const struct ops_case ops_cases[] = {
     { "moe_experts 1 token, aligned", run_experts, { 1, 16, 4, 128, 64, ARLE_BF16, 2 | 4 | 8 } },
     { "moe_experts 19 tokens, aligned", run_experts, { 19, 8, 3, 48, 24, ARLE_BF16, 2 | 4 | 8 } },
     { "moe_experts 300 tokens, aligned", run_experts, { 300, 6, 2, 64, 40, ARLE_BF16, 4 } },
+    { "moe_experts 900 tokens, 5 experts", run_experts, { 900, 5, 2, 264, 136, ARLE_BF16, 2 | 4 | 8 } },
+    { "moe_experts 900 tokens, 20 experts", run_experts, { 900, 20, 3, 136, 72, ARLE_BF16, 2, 25 } },
     { "moe_experts weight first, aligned", run_experts, { 5, 4, 2, 40, 32, ARLE_BF16, 1 | 4, 20 } },
     { "seq_shift", run_shift, { 40 } },
     { "sample", run_sample, { 1000, 1000 } },

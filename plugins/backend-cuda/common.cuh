@@ -29,9 +29,9 @@ struct cuda_ctx {
 
 /* Counters of paths taken; the names are in device.cu in the same order. */
 enum cuda_count {
-    COUNT_GEMV, COUNT_GEMM_STREAM, COUNT_GEMM_TMA, COUNT_GEMM_LT, COUNT_ATTN_DECODE, COUNT_ATTN_PREFILL, COUNT_GDN_DECODE,
-    COUNT_GDN_STEP, COUNT_GDN_CHUNK, COUNT_MOE, COUNT_SAMPLE, COUNT_GRAPH_LAUNCH, COUNT_GRAPH_CAPTURE, COUNT_PDL, COUNT_COPY_BYTES,
-    COUNT_ALLOC_BYTES, COUNT_N
+    COUNT_GEMV, COUNT_GEMM_STREAM, COUNT_GEMM_TMA, COUNT_GEMM_LT, COUNT_GEMM_WIDE, COUNT_GEMM_EXPERTS, COUNT_ATTN_DECODE,
+    COUNT_ATTN_PREFILL, COUNT_GDN_DECODE, COUNT_GDN_STEP, COUNT_GDN_CHUNK, COUNT_MOE, COUNT_SAMPLE, COUNT_GRAPH_LAUNCH,
+    COUNT_GRAPH_CAPTURE, COUNT_PDL, COUNT_COPY_BYTES, COUNT_ALLOC_BYTES, COUNT_N
 };
 
 struct lt_plan;
@@ -51,6 +51,8 @@ struct arle_device {
     std::atomic<uint64_t> mem_used;
     std::atomic<int64_t> fault_kernel, fault_alloc;     /* count down to the injected fault; below zero: off */
 
+    void *encode;                       /* cuTensorMapEncodeTiled, once gemm_wide.cu has asked for it */
+    bool no_wide;                       /* gemm_wide.cu has found that its kernels do not run here */
     cublasLtHandle_t lt;
     void *lt_work;
     size_t lt_work_bytes;

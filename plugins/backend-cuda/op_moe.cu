@@ -3,6 +3,7 @@
  * products of gemm_stream, which reads the weights of each expert in use once per tile of tokens; the last kernel sums the
  * experts of a token in routing order.
  */
+#include "gemm_wide.cuh"
 #include "gemv.cuh"
 #include <errno.h>
 
@@ -27,7 +28,8 @@ __device__ __forceinline__ float score_of(float l, int kind, float max)
     return sqrtf(l > 20.f ? l : log1pf(expf(l)));
 }
 
-/* One warp per token; lane l holds experts l, l + 32, ... */
+/* One warp per token; lane l holds experts l, l + 32, ..., KEYS of them. */
+template <int KEYS>
 __global__ void __launch_bounds__(128) route_kernel(route_args a)
 {
     const int t = blockIdx.x * 4 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
@@ -36,9 +38,9 @@ __global__ void __launch_bounds__(128) route_kernel(route_args a)
     if (t >= a.n_tokens)
         return;
     const float *l = a.logits + (int64_t)t * a.n_experts;
-    float key[kMaxExperts / 32], max = -INFINITY;
+    float key[KEYS], max = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < kMaxExperts / 32; i++) {
+    for (int i = 0; i < KEYS; i++) {
         int e = lane + i * 32;
         key[i] = e < a.n_experts ? l[e] : -INFINITY;
         max = fmaxf(max, key[i]);
@@ -47,12 +49,12 @@ __global__ void __launch_bounds__(128) route_kernel(route_args a)
     if (a.score == ARLE_MOE_SOFTMAX) {
         float sum = 0.f;
 #pragma unroll
-        for (int i = 0; i < kMaxExperts / 32; i++)
+        for (int i = 0; i < KEYS; i++)
             sum += lane + i * 32 < a.n_experts ? expf(key[i] - max) : 0.f;
         max += logf(warp_sum(sum));         /* so that score_of gives probabilities: a bias is added to those */
     }
 #pragma unroll
-    for (int i = 0; i < kMaxExperts / 32; i++) {
+    for (int i = 0; i < KEYS; i++) {
         int e = lane + i * 32;
         if (e < a.n_experts)
             key[i] = score_of(key[i], a.score, max) + (a.bias != NULL ? a.bias[e] : 0.f);
@@ -67,7 +69,7 @@ __global__ void __launch_bounds__(128) route_kernel(route_args a)
             float best = -INFINITY;
             int at = kMaxExperts;
 #pragma unroll
-            for (int i = 0; i < kMaxExperts / 32; i++)
+            for (int i = 0; i < KEYS; i++)
                 if (key[i] > best) {
                     best = key[i];
                     at = lane + i * 32;
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(128) route_kernel(route_args a)
             if (e >= a.n_experts)
                 e = 0;          /* only when logits are not numbers: padding rows */
 #pragma unroll
-            for (int i = 0; i < kMaxExperts / 32; i++)
+            for (int i = 0; i < KEYS; i++)
                 if (lane + i * 32 == e)
                     key[i] = -INFINITY;
         }
@@ -107,20 +109,51 @@ struct sort_args {
     int n_pairs, n_experts, k;
     int m_tiles_up, m_tiles_down, tile_tokens;
     int32_t *start, *tiles_up, *tiles_down, *src, *pair;
+    unsigned *shared;           /* [kMaxExperts + 2] of several blocks: counts, blocks that counted, that read; zero between kernels */
 };
 
-/* One block: count, prefix, scatter. Order within an expert is free: rows of a product do not see each other. */
+/* Several blocks: count becomes the sum over all of them, before[e] the entries of the blocks that were sooner. All blocks are resident
+ * at some time, since the kernels before this one do not wait for it. */
+__device__ void sum_counts(const sort_args &a, int *count, int *before)
+{
+    __shared__ bool last;
+    for (int e = threadIdx.x; e < a.n_experts; e += 1024)
+        before[e] = count[e] > 0 ? (int)atomicAdd(&a.shared[e], (unsigned)count[e]) : 0;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        atomicAdd(&a.shared[kMaxExperts], 1u);
+        while (*(volatile unsigned *)&a.shared[kMaxExperts] < gridDim.x)
+            ;
+        __threadfence();
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < a.n_experts; e += 1024)
+        count[e] = (int)__ldcg(&a.shared[e]);
+    __syncthreads();
+    if (threadIdx.x == 0)
+        last = atomicAdd(&a.shared[kMaxExperts + 1], 1u) == gridDim.x - 1;
+    __syncthreads();
+    if (last)
+        for (int e = threadIdx.x; e < kMaxExperts + 2; e += 1024)
+            a.shared[e] = 0;
+}
+
+/* Count, prefix, scatter. Order within an expert is free: rows of a product do not see each other. */
 __global__ void __launch_bounds__(1024) sort_kernel(sort_args a)
 {
     __shared__ int count[kMaxExperts + 1], cursor[kMaxExperts];
     pdl_launch();
     pdl_wait();
+    const int first = blockIdx.x * 1024 + threadIdx.x, step = gridDim.x * 1024;
     for (int e = threadIdx.x; e < a.n_experts; e += 1024)
-        count[e] = 0;
+        count[e] = cursor[e] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < a.n_pairs; i += 1024)
+    for (int i = first; i < a.n_pairs; i += step)
         atomicAdd(&count[min(max(a.ids[i], 0), a.n_experts - 1)], 1);
     __syncthreads();
+    if (gridDim.x > 1)
+        sum_counts(a, count, cursor);
     if (threadIdx.x < 32) {
         /* Three prefix sums by one warp: entries, and tiles of either product. */
         int lane = threadIdx.x, base = 0, base_t = 0;
@@ -135,8 +168,9 @@ __global__ void __launch_bounds__(1024) sort_kernel(sort_args a)
                     ts += y;
                 }
             }
-            if (e < a.n_experts) {
-                cursor[e] = base + cs - c;
+            if (e < a.n_experts)
+                cursor[e] += base + cs - c;
+            if (e < a.n_experts && blockIdx.x == 0) {
                 a.start[e] = base + cs - c;
                 a.tiles_up[e] = (base_t + ts - t) * a.m_tiles_up;
                 a.tiles_down[e] = (base_t + ts - t) * a.m_tiles_down;
@@ -144,14 +178,14 @@ __global__ void __launch_bounds__(1024) sort_kernel(sort_args a)
             base += __shfl_sync(0xffffffffu, cs, 31);
             base_t += __shfl_sync(0xffffffffu, ts, 31);
         }
-        if (lane == 0) {
+        if (lane == 0 && blockIdx.x == 0) {
             a.start[a.n_experts] = base;
             a.tiles_up[a.n_experts] = base_t * a.m_tiles_up;
             a.tiles_down[a.n_experts] = base_t * a.m_tiles_down;
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < a.n_pairs; i += 1024) {
+    for (int i = first; i < a.n_pairs; i += step) {
         int at = atomicAdd(&cursor[min(max(a.ids[i], 0), a.n_experts - 1)], 1);
         a.src[at] = i / a.k;
         a.pair[at] = i;
@@ -473,25 +507,9 @@ int tile_tokens_for(int64_t pairs, int64_t experts)
     return tokens;
 }
 
-int run_routed(arle_device *dev, cudaStream_t st, const arle_moe_experts_args *a, const moe_scratch *s, bool f32)
+/* Both products of the routed experts, before anything is known of tiles. */
+void routed_products(const arle_moe_experts_args *a, const moe_scratch *s, gemm_args *up, gemm_args *down)
 {
-    const int pairs = (int)(a->n_tokens * a->k), tokens = dev->deterministic ? 8 : tile_tokens_for(pairs, a->n_experts);
-    sort_args so = {};
-    so.ids = a->ids;
-    so.n_pairs = pairs;
-    so.n_experts = (int)a->n_experts;
-    so.k = (int)a->k;
-    so.m_tiles_up = (int)ceil_div(a->gate_up->n, 128);
-    so.m_tiles_down = (int)ceil_div(a->down->n, 128);
-    so.tile_tokens = tokens;
-    so.start = s->start;
-    so.tiles_up = s->tiles_up;
-    so.tiles_down = s->tiles_down;
-    so.src = s->src;
-    so.pair = s->pair;
-    int r = launch(dev, st, sort_kernel, dim3(1), dim3(1024), 0, so);
-    if (r < 0)
-        return r;
     gemm_args g = {};
     g.w = a->gate_up->data;
     g.x = (const bf16 *)a->x;
@@ -501,9 +519,8 @@ int run_routed(arle_device *dev, cudaStream_t st, const arle_moe_experts_args *a
     g.n = (int)a->gate_up->n;
     g.n_out = (int)a->gate_up->n_real;
     g.k = (int)a->gate_up->k;
-    g.rows = pairs;
+    g.rows = (int)(a->n_tokens * a->k);
     g.limit = a->limit;
-    g.whole_tiles = dev->deterministic || a->n_tokens > 256;
     g.groups = (int)a->n_experts;
     g.start = s->start;
     g.tiles = s->tiles_up;
@@ -512,9 +529,7 @@ int run_routed(arle_device *dev, cudaStream_t st, const arle_moe_experts_args *a
         g.pair = s->pair;
         g.scale = a->weights;
     }
-    r = gemm_stream<true>(dev, st, g, GEMM_SILU, tokens);
-    if (r < 0)
-        return r;
+    *up = g;
     gemm_args d = {};
     d.w = a->down->data;
     d.x = s->f;
@@ -523,13 +538,45 @@ int run_routed(arle_device *dev, cudaStream_t st, const arle_moe_experts_args *a
     d.ld_y = a->down->n;
     d.n = d.n_out = (int)a->down->n;
     d.k = (int)a->down->k;
-    d.rows = pairs;
-    d.whole_tiles = g.whole_tiles;
-    d.groups = (int)a->n_experts;
+    d.rows = g.rows;
+    d.groups = g.groups;
     d.start = s->start;
     d.tiles = s->tiles_down;
     d.dst = s->pair;
-    return gemm_stream<true>(dev, st, d, f32 ? GEMM_F32 : GEMM_BF16, tokens);
+    *down = d;
+}
+
+int run_routed(arle_device *dev, cudaStream_t st, const arle_moe_experts_args *a, const moe_scratch *s, bool f32)
+{
+    gemm_args up, down;
+    routed_products(a, s, &up, &down);
+    const bool wide = a->n_tokens > 256 && !f32 && gemm_wide_fits(dev, up, GEMM_SILU) && gemm_wide_fits(dev, down, GEMM_BF16);
+    const int tokens = wide ? GEMM_WIDE_TOKENS : dev->deterministic ? 8 : tile_tokens_for(up.rows, a->n_experts);
+    sort_args so = {};
+    so.ids = a->ids;
+    so.n_pairs = up.rows;
+    so.n_experts = (int)a->n_experts;
+    so.k = (int)a->k;
+    so.m_tiles_up = (int)ceil_div(up.n, wide ? GEMM_WIDE_SILU_ROWS : 128);
+    so.m_tiles_down = (int)ceil_div(down.n, wide ? GEMM_WIDE_PLAIN_ROWS : 128);
+    so.tile_tokens = tokens;
+    so.start = s->start;
+    so.tiles_up = s->tiles_up;
+    so.tiles_down = s->tiles_down;
+    so.src = s->src;
+    so.pair = s->pair;
+    so.shared = dev->tickets;
+    const int blocks = up.rows < 4096 ? 1 : (int)ceil_div(up.rows, 1024);
+    int r = launch(dev, st, sort_kernel, dim3(blocks < 64 ? blocks : 64), dim3(1024), 0, so);
+    if (r < 0)
+        return r;
+    if (wide) {
+        r = gemm_wide(dev, st, up, GEMM_SILU);
+        return r < 0 ? r : gemm_wide(dev, st, down, GEMM_BF16);
+    }
+    up.whole_tiles = down.whole_tiles = dev->deterministic || a->n_tokens > 256;
+    r = gemm_stream<true>(dev, st, up, GEMM_SILU, tokens);
+    return r < 0 ? r : gemm_stream<true>(dev, st, down, f32 ? GEMM_F32 : GEMM_BF16, tokens);
 }
 
 } // namespace
@@ -556,7 +603,10 @@ extern "C" int cuda_moe_route(struct arle_device *dev, struct arle_stream *st, c
         return r;
     route_args p = { a->scratch, (int)a->n_tokens, (int)a->n_experts, (int)a->k, (int)a->score, a->route_scale, a->bias, a->table,
                      a->token_ids, a->sampled, a->ids, a->weights };
-    return launch(dev, cs(st), route_kernel, dim3((unsigned)ceil_div(a->n_tokens, 4)), dim3(128), 0, p);
+    const dim3 grid((unsigned)ceil_div(a->n_tokens, 4));
+    if (a->n_experts <= 256)
+        return launch(dev, cs(st), route_kernel<8>, grid, dim3(128), 0, p);
+    return launch(dev, cs(st), route_kernel<kMaxExperts / 32>, grid, dim3(128), 0, p);
 }
 
 extern "C" int cuda_moe_experts(struct arle_device *dev, struct arle_stream *st, const struct arle_moe_experts_args *a)

@@ -4,6 +4,8 @@
 
 namespace {
 
+const uint32_t kManyRows = 1024;        /* from here on a warp per row; below, a block per row ends sooner */
+
 struct norm_args {
     const bf16 *x; int64_t ld_x;
     const int32_t *rows;
@@ -12,6 +14,20 @@ struct norm_args {
     int dim;
     float eps, w_offset;
 };
+
+__device__ __forceinline__ uint4 norm8(uint4 v, const float *weights, float rho, float w_offset)
+{
+    const uint32_t *p = (const uint32_t *)&v;
+    const float4 wa = ((const float4 *)weights)[0], wb = ((const float4 *)weights)[1];
+    const float w[8] = { wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w };
+    uint32_t o[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        float2 f = unpack2(p[e]);
+        o[e] = pack2(f.x * rho * (w_offset + w[2 * e]), f.y * rho * (w_offset + w[2 * e + 1]));
+    }
+    return make_uint4(o[0], o[1], o[2], o[3]);
+}
 
 /* One block per row; a row of up to 8 * 8 * 256 elements stays in registers between the two passes. */
 __global__ void __launch_bounds__(256) rmsnorm_kernel(norm_args a)
@@ -44,19 +60,41 @@ __global__ void __launch_bounds__(256) rmsnorm_kernel(norm_args a)
     for (int j = 0; j < V; j++) {
         int i = threadIdx.x + j * 256;
         if (i < n) {
-            const uint32_t *p = (const uint32_t *)&v[j];
-            const float4 *w4 = (const float4 *)(a.w + i * 8);
-            float4 wa = w4[0], wb = w4[1];
-            float w[8] = { wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w };
-            uint32_t o[4];
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float2 f = unpack2(p[e]);
-                o[e] = pack2(f.x * rho * (a.w_offset + w[2 * e]), f.y * rho * (a.w_offset + w[2 * e + 1]));
-            }
-            out[i] = make_uint4(o[0], o[1], o[2], o[3]);
+            out[i] = norm8(v[j], a.w + i * 8, rho, a.w_offset);
         }
     }
+}
+
+/* One warp per row of up to V * 256 elements: many rows need no barrier to keep the memory busy. */
+template <int V>
+__global__ void __launch_bounds__(256) rmsnorm_warp_kernel(norm_args a, int n_rows)
+{
+    const int t = blockIdx.x * 8 + (threadIdx.x >> 5), lane = threadIdx.x & 31, n = a.dim >> 3;
+    pdl_launch();
+    pdl_wait();
+    if (t >= n_rows)
+        return;
+    const uint4 *x = (const uint4 *)(a.x + (int64_t)(a.rows != NULL ? a.rows[t] : t) * a.ld_x);
+    uint4 v[V];
+#pragma unroll
+    for (int j = 0; j < V; j++)
+        v[j] = lane + j * 32 < n ? x[lane + j * 32] : make_uint4(0, 0, 0, 0);
+    float s = 0.f;
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+        const uint32_t *p = (const uint32_t *)&v[j];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            float2 f = unpack2(p[e]);
+            s += f.x * f.x + f.y * f.y;
+        }
+    }
+    const float rho = rsqrtf(warp_sum(s) / (float)a.dim + a.eps);
+    uint4 *out = (uint4 *)(a.out + (int64_t)t * a.ld_out);
+#pragma unroll
+    for (int j = 0; j < V; j++)
+        if (lane + j * 32 < n)
+            out[lane + j * 32] = norm8(v[j], a.w + (lane + j * 32) * 8, rho, a.w_offset);
 }
 
 __global__ void embed_kernel(const int32_t *ids, const int32_t *sampled, const bf16 *table, int64_t n_rows, int k, bf16 *out,
@@ -151,6 +189,11 @@ int launch_rmsnorm(arle_device *dev, cudaStream_t st, const arle_rmsnorm_args *a
     if (a->dtype != ARLE_BF16 || a->dim % 8 != 0 || a->dim > 16384 || a->ld_x % 8 != 0 || a->ld_out % 8 != 0)
         return -EINVAL;
     norm_args n = { (const bf16 *)a->x, a->ld_x, a->rows, a->w, (bf16 *)a->out, a->ld_out, (int)a->dim, a->eps, a->w_offset };
+    const dim3 warps((unsigned)ceil_div(a->n_tokens, 8));
+    if (a->n_tokens >= kManyRows && a->dim <= 2048)
+        return launch(dev, st, rmsnorm_warp_kernel<8>, warps, dim3(256), 0, n, (int)a->n_tokens);
+    if (a->n_tokens >= kManyRows && a->dim <= 3072)
+        return launch(dev, st, rmsnorm_warp_kernel<12>, warps, dim3(256), 0, n, (int)a->n_tokens);
     return launch(dev, st, rmsnorm_kernel, dim3(a->n_tokens), dim3(256), 0, n);
 }
 

@@ -79,6 +79,15 @@ static void every_case_agrees_with_double_loops(void)
     for (unsigned i = 0; i < sizeof paths / sizeof *paths; i++)
         if (ops_counter(&be, paths[i]) == 0)
             TAP_FAIL("path %s was never taken", paths[i]);
+    struct arle_device_info info;
+    struct arle_err err = ARLE_ERR_INIT;
+    REQUIRE(be.api->device_info(be.ctx, 0, &info, &err) == 0);
+    if (strstr(info.name, "H100") == NULL && strstr(info.name, "H200") == NULL)
+        return;
+    static const char *const hopper[] = { "gemm_wide", "gemm_experts" };
+    for (unsigned i = 0; i < sizeof hopper / sizeof *hopper; i++)
+        if (ops_counter(&be, hopper[i]) == 0)
+            TAP_FAIL("path %s was never taken", hopper[i]);
 }
 
 static void deterministic_mode_agrees_too(void)
@@ -87,6 +96,8 @@ static void deterministic_mode_agrees_too(void)
     REQUIRE(open_cuda(&b, (const char *const[]) { "deterministic", "yes", NULL }) == 0);
     run_cases(&b, "deterministic");
     EXPECT_EQ(ops_counter(&b, "gemm_lt"), 0);
+    EXPECT_EQ(ops_counter(&b, "gemm_wide"), 0);
+    EXPECT_EQ(ops_counter(&b, "gemm_experts"), 0);
     EXPECT_EQ(ops_counter(&b, "gdn_chunk"), 0);
     ops_close(&b);
 }
