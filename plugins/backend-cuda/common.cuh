@@ -53,6 +53,7 @@ struct arle_device {
 
     void *encode;                       /* cuTensorMapEncodeTiled, once gemm_wide.cu has asked for it */
     bool no_wide;                       /* gemm_wide.cu has found that its kernels do not run here */
+    int wide_clusters;                  /* how many pairs of its blocks are resident at a time */
     cublasLtHandle_t lt;
     void *lt_work;
     size_t lt_work_bytes;

@@ -389,17 +389,16 @@ __device__ __forceinline__ void find_rows(const gemm_args &g, const wide_tile &t
         d[i] = __ldg(g.dst + min(t.t0 + (int)(threadIdx.x >> 3 & 15) + i * 16, t.t_end - 1));
 }
 
-/* 64 columns of y, 128 tokens at a time. */
-template <bool GROUPED>
-__device__ __forceinline__ void store_plain(const float (&acc)[128], const CUtensorMap *my, const gemm_args &g, const wide_tile &t, uint32_t part,
-                                            int wg, int m0, const int32_t (&d)[16])
+/* 64 columns of y, 128 tokens at a time; experts only. */
+__device__ __forceinline__ void store_plain(const float (&acc)[128], const gemm_args &g, const wide_tile &t, uint32_t part, int wg, int m0,
+                                            const int32_t (&d)[16])
 {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, c0 = m0 + wg * 64;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        if (GROUPED && h * 128 >= t.n)
+        if (h * 128 >= t.n)
             break;
-        part_free<GROUPED>(wg);
+        part_sync(wg);
 #pragma unroll
         for (int q = 0; q < 8; q++) {
             const float *v = acc + (h * 16 + q * 2) * 4;
@@ -407,15 +406,8 @@ __device__ __forceinline__ void store_plain(const float (&acc)[128], const CUten
             const int row = q * 16 + (lane >> 4) * 8 + (lane & 7), ch = warp * 2 + (lane >> 3 & 1);
             store_turned(part + row * 128 + ((ch ^ (row & 7)) << 4), r);
         }
-        if (GROUPED) {
-            part_sync(wg);
-            store_rows<8>(g, part, d + h * 8, t.t0 + h * 128, t.t_end, c0);
-            continue;
-        }
-        wgmma_publish();
         part_sync(wg);
-        if ((threadIdx.x & 127) == 0)
-            tma_store(my, part, c0, t.t0 + h * 128);
+        store_rows<8>(g, part, d + h * 8, t.t0 + h * 128, t.t_end, m0 + wg * 64);
     }
 }
 
@@ -441,13 +433,14 @@ __global__ void __launch_bounds__(384, 1) wide_kernel(const __grid_constant__ CU
     meet<CLUSTER>();
     pdl_wait();
     const int n_tiles = GROUPED ? a.g.tiles[a.g.groups] : a.m_tiles * a.t_tiles;
-    if (threadIdx.x < 128) {
+    const int warp = threadIdx.x >> 5;
+    if (warp < 4) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         if (GATHER)
             produce_gathered(&mw, a, sh, smem, n_tiles);
-        else if (threadIdx.x < 32)
+        else if (warp == 0)
             produce<CLUSTER, GROUPED>(&mw, &mx, a, sh, smem, rank, n_tiles);
-        else if (GROUPED && threadIdx.x < 64)
+        else if (GROUPED && warp == 1)
             find_tiles(a, sh, CLUSTER, n_tiles);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
@@ -468,10 +461,10 @@ __global__ void __launch_bounds__(384, 1) wide_kernel(const __grid_constant__ CU
                 t = dense_tile(a, kWideRows * CLUSTER, tile);
                 multiply<256, CLUSTER, GATHER>(acc, sh, smem, wg, ku, &it);
             }
-            if (OUT == GEMM_SILU)
+            if constexpr (OUT == GEMM_SILU)
                 store_silu<GROUPED>(acc, &my, a.g, t, part, wg, t.m0 + rank * kWideRows);
             else
-                store_plain<GROUPED>(acc, &my, a.g, t, part, wg, t.m0 + rank * kWideRows, d);
+                store_plain(acc, a.g, t, part, wg, t.m0 + rank * kWideRows, d);
         }
         if (!GROUPED && (threadIdx.x & 127) == 0)
             asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
@@ -515,13 +508,13 @@ int wide_launch(arle_device *dev, cudaStream_t st, const gemm_args &g)
     if (r == 0 && !GATHER)
         r = describe(dev, &mx, g.x, g.rows, g.k, g.ld_x, GROUPED ? 16 : kWideTokens / CLUSTER, 64);
     if (r == 0 && !GROUPED)
-        r = OUT == GEMM_SILU ? describe(dev, &my, g.y, g.rows, g.n_out, g.ld_y, 256, 32) : describe(dev, &my, g.y, g.rows, g.n_out, g.ld_y, 128, 64);
+        r = describe(dev, &my, g.y, g.rows, g.n_out, g.ld_y, kWideTokens, 32);
     if (r < 0)
         return r;
     auto kernel = wide_kernel<CLUSTER, GROUPED, GATHER, OUT>;
     CUDA_TRY(dev, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWideSmem));
     cudaLaunchConfig_t cfg = {};
-    const int most = GROUPED ? dev->n_sm / CLUSTER : a.m_tiles * a.t_tiles, clusters = dev->n_sm / CLUSTER;
+    const int clusters = CLUSTER > 1 ? dev->wide_clusters : dev->n_sm, most = GROUPED ? clusters : a.m_tiles * a.t_tiles;
     cfg.gridDim = dim3((unsigned)((most < clusters ? most : clusters) * CLUSTER));
     cfg.blockDim = dim3(384);
     cfg.dynamicSmemBytes = kWideSmem;
@@ -541,40 +534,70 @@ int wide_launch(arle_device *dev, cudaStream_t st, const gemm_args &g)
     return 0;
 }
 
+/* Clusters of two that are resident at a time: some GPUs have groups of multiprocessors of odd size. */
+int clusters_of(const void *kernel, int n_sm)
+{
+    cudaLaunchConfig_t cfg = {};
+    cudaLaunchAttribute attr[1];
+    int n = 0;
+    attr[0].id = cudaLaunchAttributeClusterDimension;
+    attr[0].val.clusterDim.x = 2;
+    attr[0].val.clusterDim.y = attr[0].val.clusterDim.z = 1;
+    cfg.gridDim = dim3((unsigned)(n_sm & ~1));
+    cfg.blockDim = dim3(384);
+    cfg.dynamicSmemBytes = kWideSmem;
+    cfg.attrs = attr;
+    cfg.numAttrs = 1;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWideSmem) != cudaSuccess
+        || cudaOccupancyMaxActiveClusters(&n, kernel, &cfg) != cudaSuccess)
+        return 0;
+    return n;
+}
+
 /* Whether this GPU runs the kernels: their shared memory is only there in code built for sm_90a. */
 bool wide_ready(arle_device *dev)
 {
     if (dev->encode != NULL || dev->no_wide)
         return dev->encode != NULL;
+    const void *kernel = (const void *)wide_kernel<2, false, false, GEMM_SILU>;
     cudaFuncAttributes fa;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
     void *fn = NULL;
     dev->no_wide = true;
-    if (dev->cc != 90 || dev->max_smem < (size_t)kWideSmem + sizeof(int) * 512
-        || cudaFuncGetAttributes(&fa, (const void *)wide_kernel<2, false, false, GEMM_SILU>) != cudaSuccess || fa.sharedSizeBytes == 0
+    if (dev->cc != 90 || dev->max_smem < (size_t)kWideSmem + sizeof(int) * 512 || cudaFuncGetAttributes(&fa, kernel) != cudaSuccess
+        || fa.sharedSizeBytes == 0 || (dev->wide_clusters = clusters_of(kernel, dev->n_sm)) == 0
         || cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000, cudaEnableDefault, &found) != cudaSuccess
-        || found != cudaDriverEntryPointSuccess)
+        || found != cudaDriverEntryPointSuccess) {
+        cudaGetLastError();
         return false;
+    }
     dev->no_wide = false;
     dev->encode = fn;
     return true;
+}
+
+/* Whether a dense product has work for four fifths of the rounds of tiles that it takes. */
+bool wide_fills(const arle_device *dev, const gemm_args &a)
+{
+    const int64_t tile = 2 * kWideRows * kWideTokens, tiles = ceil_div(a.n, 2 * kWideRows) * ceil_div(a.rows, kWideTokens);
+    return a.rows >= 2 * kWideTokens && (int64_t)a.rows * a.n * 5 >= ceil_div(tiles, dev->wide_clusters) * dev->wide_clusters * tile * 4;
 }
 
 } // namespace
 
 bool gemm_wide_fits(arle_device *dev, const gemm_args &a, int out)
 {
-    if (dev->deterministic || (out != GEMM_SILU && out != GEMM_BF16) || a.scale != NULL)
+    if (dev->deterministic || (out != GEMM_SILU && (out != GEMM_BF16 || a.groups == 0)) || a.scale != NULL)
         return false;
     const int n = out == GEMM_SILU ? 2 * a.n_out : a.n_out;
     if (a.n != n || (a.n_out | a.k | a.ld_x | a.ld_y) % 8 != 0 || (((uintptr_t)a.x | (uintptr_t)a.y) & 15) != 0)
         return false;
-    return wide_ready(dev);
+    return wide_ready(dev) && (a.groups > 0 || wide_fills(dev, a));
 }
 
 int gemm_wide(arle_device *dev, cudaStream_t st, const gemm_args &a, int out)
 {
     if (a.groups == 0)
-        return out == GEMM_SILU ? wide_launch<2, false, false, GEMM_SILU>(dev, st, a) : wide_launch<2, false, false, GEMM_BF16>(dev, st, a);
+        return wide_launch<2, false, false, GEMM_SILU>(dev, st, a);
     return out == GEMM_SILU ? wide_launch<1, true, true, GEMM_SILU>(dev, st, a) : wide_launch<2, true, false, GEMM_BF16>(dev, st, a);
 }

@@ -20,7 +20,7 @@ struct lt_plan {
 
 namespace {
 
-const int kPlanSlots = 256, kStreamRows = 64, kWideRows = 512;
+const int kPlanSlots = 256, kStreamRows = 64;
 
 unsigned plan_slot(int64_t n, int64_t k, int64_t rows)
 {
@@ -303,7 +303,7 @@ extern "C" int cuda_gate_up(struct arle_device *dev, struct arle_stream *st, con
         return gemm_tma(dev, cs(st), tma_args{ g });
     /* Padded rows of w (I not a multiple of 8) do not fit the scratch, so such shapes stay on the streaming path. */
     if (a->n_tokens > (uint32_t)dev->stream_rows && !dev->deterministic && w->n == 2 * w->n_real) {
-        if (a->n_tokens >= kWideRows && gemm_wide_fits(dev, g, GEMM_SILU))
+        if (gemm_wide_fits(dev, g, GEMM_SILU))
             return gemm_wide(dev, cs(st), g, GEMM_SILU);
         bf16 *gu = (bf16 *)a->scratch + (int64_t)a->n_tokens * w->k;
         r = lt_matmul(dev, cs(st), w->data, w->n, w->k, x, ld_x, a->n_tokens, gu, w->n, false, false);

@@ -566,8 +566,8 @@ int run_routed(arle_device *dev, cudaStream_t st, const arle_moe_experts_args *a
     so.src = s->src;
     so.pair = s->pair;
     so.shared = dev->tickets;
-    const int blocks = up.rows < 4096 ? 1 : (int)ceil_div(up.rows, 1024);
-    int r = launch(dev, st, sort_kernel, dim3(blocks < 64 ? blocks : 64), dim3(1024), 0, so);
+    const int blocks = up.rows < 4096 ? 1 : (int)ceil_div(up.rows, 1024), most = dev->n_sm < 64 ? dev->n_sm : 64;
+    int r = launch(dev, st, sort_kernel, dim3(blocks < most ? blocks : most), dim3(1024), 0, so);
     if (r < 0)
         return r;
     if (wide) {

@@ -15,6 +15,19 @@ struct norm_args {
     float eps, w_offset;
 };
 
+/* Eight elements of a row: the sum of their squares, and their norm. */
+__device__ __forceinline__ float square8(uint4 v)
+{
+    const uint32_t *p = (const uint32_t *)&v;
+    float s = 0.f;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        float2 f = unpack2(p[e]);
+        s += f.x * f.x + f.y * f.y;
+    }
+    return s;
+}
+
 __device__ __forceinline__ uint4 norm8(uint4 v, const float *weights, float rho, float w_offset)
 {
     const uint32_t *p = (const uint32_t *)&v;
@@ -46,12 +59,7 @@ __global__ void __launch_bounds__(256) rmsnorm_kernel(norm_args a)
         int i = threadIdx.x + j * 256;
         if (i < n) {
             v[j] = x[i];
-            const uint32_t *p = (const uint32_t *)&v[j];
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float2 f = unpack2(p[e]);
-                s += f.x * f.x + f.y * f.y;
-            }
+            s += square8(v[j]);
         }
     }
     float rho = rsqrtf(block_sum(s, sh) / (float)a.dim + a.eps);
@@ -81,14 +89,8 @@ __global__ void __launch_bounds__(256) rmsnorm_warp_kernel(norm_args a, int n_ro
         v[j] = lane + j * 32 < n ? x[lane + j * 32] : make_uint4(0, 0, 0, 0);
     float s = 0.f;
 #pragma unroll
-    for (int j = 0; j < V; j++) {
-        const uint32_t *p = (const uint32_t *)&v[j];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            float2 f = unpack2(p[e]);
-            s += f.x * f.x + f.y * f.y;
-        }
-    }
+    for (int j = 0; j < V; j++)
+        s += square8(v[j]);
     const float rho = rsqrtf(warp_sum(s) / (float)a.dim + a.eps);
     uint4 *out = (uint4 *)(a.out + (int64_t)t * a.ld_out);
 #pragma unroll

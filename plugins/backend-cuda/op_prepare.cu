@@ -158,6 +158,98 @@ __global__ void __launch_bounds__(kWarps * 32) prepare_kernel(prepare_args a)
     }
 }
 
+/* ---- prefill of the usual shape: heads of 256, rotation of the first 64, bf16 cache ------------------------------------------------- */
+
+const int kManyNew = 32;        /* new tokens of a sequence from which on a warp takes a whole token: fewer are too few warps */
+
+/* Lane l holds elements 8 l .. 8 l + 7 of each head, half of whose rotated pairs are four lanes away. cs: of angle (8 l + e) % 32. */
+__device__ __forceinline__ uint4 prepared_head(uint4 raw, const float (&w)[8], bool norm, float eps, const float2 (&cs)[8], float rope_scale,
+                                               int lane)
+{
+    const uint32_t *p = (const uint32_t *)&raw;
+    float x[8], s = 0.f;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        float2 f = unpack2(p[e]);
+        x[2 * e] = f.x;
+        x[2 * e + 1] = f.y;
+        s += f.x * f.x + f.y * f.y;
+    }
+    if (norm) {
+        const float rho = rsqrtf(warp_sum(s) / 256.f + eps);
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            x[e] = round_bf(x[e] * rho * w[e]);
+    }
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        const float other = __shfl_xor_sync(0xffffffffu, x[e], 4);
+        if (lane < 8)
+            x[e] = (x[e] * cs[e].x + (lane < 4 ? -other : other) * cs[e].y) * rope_scale;
+    }
+    return make_uint4(pack2(x[0], x[1]), pack2(x[2], x[3]), pack2(x[4], x[5]), pack2(x[6], x[7]));
+}
+
+__device__ __forceinline__ void norm_weights(const float *w, float w_offset, int lane, float (&out)[8])
+{
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+        out[e] = w != NULL ? w_offset + w[lane * 8 + e] : 1.f;
+}
+
+/* One warp per token; four heads are on their way at a time. */
+__global__ void __launch_bounds__(128) prepare_many_kernel(prepare_args a, int n_tokens)
+{
+    const int t = blockIdx.x * 4 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+    pdl_launch();
+    pdl_wait();
+    if (t >= n_tokens)
+        return;
+    const int pos = a.pos[t] + a.pos_shift;
+    if (pos < 0)
+        return;
+    float2 angle, cs[8];
+    sincosf((float)pos * a.inv_freq[lane], &angle.y, &angle.x);
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        cs[e].x = __shfl_sync(0xffffffffu, angle.x, (lane & 3) * 8 + e);
+        cs[e].y = __shfl_sync(0xffffffffu, angle.y, (lane & 3) * 8 + e);
+    }
+    const int32_t *table = a.table + (int64_t)a.seq_of[t] * a.table_stride;
+    char *entry = a.kv + (size_t)table[pos / a.page_tokens] * a.page_stride + a.kv_offset + (size_t)(pos % a.page_tokens) * a.entry_stride;
+    const bf16 *row = a.qkv + (int64_t)t * a.ld_qkv + lane * 8;
+    float w[8];
+    norm_weights(a.q_norm, a.w_offset, lane, w);
+    bf16 *out = a.q_out + (int64_t)t * a.n_q * 256 + lane * 8;
+    for (int h0 = 0; h0 < a.n_q; h0 += 4) {
+        uint4 v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            v[i] = *(const uint4 *)(row + a.q_off + min(h0 + i, a.n_q - 1) * a.q_head_stride);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint4 o = prepared_head(v[i], w, a.q_norm != NULL, a.eps, cs, a.rope_scale, lane);
+            if (h0 + i < a.n_q)
+                *(uint4 *)(out + (h0 + i) * 256) = o;
+        }
+    }
+    norm_weights(a.k_norm, a.w_offset, lane, w);
+    bf16 *kv = (bf16 *)entry + lane * 8;
+    for (int h = 0; h < a.n_kv; h++) {
+        const uint4 k = *(const uint4 *)(row + a.k_off + h * 256), v = *(const uint4 *)(row + a.v_off + h * 256);
+        *(uint4 *)(kv + h * 256) = prepared_head(k, w, a.k_norm != NULL, a.eps, cs, a.rope_scale, lane);
+        *(uint4 *)(kv + (a.n_kv + h) * 256) = v;
+    }
+}
+
+bool many_fits(const arle_attn_prepare_args *a)
+{
+    const int64_t pieces = a->ld_qkv | a->q_off | a->q_head_stride | a->k_off | a->v_off;
+    const uintptr_t bytes = (uintptr_t)a->qkv | (uintptr_t)a->q_out | (uintptr_t)a->kv.base | a->kv.page_stride | a->kv.offset | a->kv.entry_stride;
+    return a->batch->max_new >= (uint32_t)kManyNew && a->head_dim == 256 && a->rot_dim == 64 && a->rot_off == 0 && !a->interleaved
+        && a->kv.dtype == ARLE_BF16 && pieces % 8 == 0 && bytes % 16 == 0;
+}
+
 } // namespace
 
 extern "C" int cuda_attn_prepare(struct arle_device *dev, struct arle_stream *st, const struct arle_attn_prepare_args *a)
@@ -202,5 +294,7 @@ extern "C" int cuda_attn_prepare(struct arle_device *dev, struct arle_stream *st
     p.entry_stride = a->kv.entry_stride;
     p.kv_dtype = kd;
     p.q_out = (bf16 *)a->q_out;
+    if (many_fits(a))
+        return launch(dev, cs(st), prepare_many_kernel, dim3((unsigned)ceil_div(b->n_tokens, 4)), dim3(128), 0, p, (int)b->n_tokens);
     return launch(dev, cs(st), prepare_kernel, dim3(b->n_tokens), dim3(kWarps * 32), 0, p);
 }
