@@ -300,7 +300,7 @@ static void encode(uint32_t w_dtype, float *x, int64_t n, int64_t k, struct arle
 
 struct arle_weight *ops_weight(struct ops_backend *b, uint32_t role, uint32_t w_dtype, float *x, int64_t n, int64_t k, uint32_t n_experts)
 {
-    struct arle_weight_part part, parts[64];
+    struct arle_weight_part part, parts[128];
     struct arle_tensor t, scale = { 0 };
     struct arle_weight_desc d = { .struct_size = sizeof d, .role = role, .n_experts = n_experts, .parts = parts, .k = k, .act_quant = b->act_quant,
                                   .name = "test" };

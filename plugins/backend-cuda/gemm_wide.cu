@@ -8,8 +8,8 @@
  * cores. Blocks stay for the whole product. In a cluster of two, both blocks take the same tokens and each brings half of
  * them for both.
  *
- * Grouped (routed experts): group g has its own W and the entries start[g] .. start[g+1] of a list sorted by group, which a tile
- * shares out evenly; the producer finds the tile and hands it to the others with its first piece.
+ * Grouped (routed experts): group g has its own W and the entries start[g] .. start[g+1] of a list sorted by group. The producer
+ * finds the tile and hands it to the others with its first piece.
  */
 #include "gemm_wide.cuh"
 #include "wgmma.cuh"
@@ -158,7 +158,9 @@ __device__ __forceinline__ wide_tile dense_tile(const wide_args &a, int cluster_
     return t;
 }
 
-/* By a whole warp: the last group whose first tile is <= tile, 32 candidates at a time. */
+/* By a whole warp: the last group whose first tile is <= tile, 32 candidates at a time. A group's tokens are shared out evenly, or, where
+ * blocks take tiles as they become free, into full tiles and a rest, which is less to do. */
+template <bool EVEN>
 __device__ __forceinline__ wide_tile grouped_tile(const wide_args &a, int cluster_rows, int tile, int lane)
 {
     int lo = 0, span = a.g.groups;
@@ -170,13 +172,14 @@ __device__ __forceinline__ wide_tile grouped_tile(const wide_args &a, int cluste
         span = min(step, span - last * step);
     }
     const int in = tile - a.g.tiles[lo], from = a.g.start[lo], end = a.g.start[lo + 1];
-    const int t_tiles = (end - from + kWideTokens - 1) / kWideTokens, each = ((end - from + t_tiles - 1) / t_tiles + 31) & ~31;
+    const int t_tiles = (end - from + kWideTokens - 1) / kWideTokens;
+    const int each = EVEN ? ((end - from + t_tiles - 1) / t_tiles + 31) & ~31 : kWideTokens;
     wide_tile t;
-    t.m0 = in / t_tiles * cluster_rows;
+    t.m0 = (EVEN ? in / t_tiles : in % a.m_tiles) * cluster_rows;
     t.w_row = lo * a.g.n + t.m0;
-    t.t0 = from + in % t_tiles * each;
+    t.t0 = from + (EVEN ? in % t_tiles : in / a.m_tiles) * each;
     t.t_end = min(end, t.t0 + each);
-    t.n = each;
+    t.n = EVEN ? each : (t.t_end - t.t0 + 31) & ~31;
     return t;
 }
 
@@ -196,7 +199,7 @@ __device__ __forceinline__ void find_tiles(const wide_args &a, wide_shared &sh, 
     const int lane = threadIdx.x & 31;
     int j = 0;
     for (int tile = blockIdx.x / cluster; tile < n_tiles; tile += gridDim.x / cluster, j++) {
-        const wide_tile t = grouped_tile(a, kWideRows * cluster, tile, lane);
+        const wide_tile t = grouped_tile<true>(a, kWideRows * cluster, tile, lane);
         if (lane == 0)
             sh.ring[j % kWideRing] = t;
         producer_sync();
@@ -235,19 +238,57 @@ __device__ __forceinline__ void produce(const CUtensorMap *mw, const CUtensorMap
     }
 }
 
-/* Four warps; the rows of x are found through src, which the copy engine cannot do. */
+/* The number of a tile that nobody has taken; the last number given out, one past the end to each block, leaves a zero. */
+__device__ __forceinline__ int take_tile(const wide_args &a, int n_tiles)
+{
+    const int tile = (int)atomicAdd(a.g.tickets, 1u);
+    if (tile == n_tiles + (int)gridDim.x - 1)
+        *a.g.tickets = 0;
+    return tile;
+}
+
+/* Warp 0: the tile of this number goes into the ring, or the end. */
+__device__ __forceinline__ void post_tile(const wide_args &a, wide_shared &sh, int at, int tile, int n_tiles)
+{
+    const int lane = threadIdx.x & 31;
+    tile = __shfl_sync(0xffffffffu, tile, 0);
+    wide_tile t = {};
+    if (tile < n_tiles)
+        t = grouped_tile<false>(a, kWideRows, tile, lane);
+    if (lane == 0)
+        sh.ring[at % kWideRing] = t;
+}
+
+/* Four warps; the rows of x are found through src, which the copy engine cannot do. Tiles cost different times, so a block takes the
+ * next one when it gets there; the number is asked for two tiles ahead, its place found one ahead. */
 __device__ __forceinline__ void produce_gathered(const CUtensorMap *mw, const wide_args &a, wide_shared &sh, uint32_t smem, int n_tiles)
 {
-    const int lane = threadIdx.x & 31, row0 = threadIdx.x >> 3, ch = threadIdx.x & 7, ku = (a.g.k + 63) / 64;
-    int it = 0, j = 0;
-    for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x, j++) {
-        const wide_tile t = grouped_tile(a, kWideRows, tile, lane);
+    const int row0 = threadIdx.x >> 3, ch = threadIdx.x & 7, ku = (a.g.k + 63) / 64;
+    int it = 0, next = n_tiles;
+    bool more = true;
+    if (threadIdx.x < 32) {
         if (threadIdx.x == 0)
-            sh.ring[j % kWideRing] = t;
+            next = take_tile(a, n_tiles);
+        post_tile(a, sh, 0, next, n_tiles);
+        more = __shfl_sync(0xffffffffu, next, 0) < n_tiles;
+        if (threadIdx.x == 0 && more)
+            next = take_tile(a, n_tiles);
+    }
+    for (int j = 0;; j++) {
+        asm volatile("bar.sync 3, 128;" ::: "memory");
+        const wide_tile t = sh.ring[j % kWideRing];
+        if (t.n == 0)
+            break;
         uint32_t at[kWideTokens / 16];          /* in pieces of 16 bytes; past the end: the last row again */
 #pragma unroll
         for (int i = 0; i < kWideTokens / 16; i++)
             at[i] = i * 16 < t.n ? (uint32_t)a.g.src[min(t.t0 + row0 + i * 16, t.t_end - 1)] * (uint32_t)(a.g.ld_x >> 3) + ch : 0;
+        if (threadIdx.x < 32) {
+            post_tile(a, sh, j + 1, next, n_tiles);
+            more = __shfl_sync(0xffffffffu, next, 0) < n_tiles;
+            if (threadIdx.x == 0 && more)
+                next = take_tile(a, n_tiles);
+        }
         for (int kb = 0; kb < ku; kb++, it++) {
             const int s = it % kWideStages;
             const uint32_t dst = smem + s * kWideStage, xs = dst + kWideW + row0 * 128 + ((ch ^ (row0 & 7)) << 4);
@@ -265,6 +306,11 @@ __device__ __forceinline__ void produce_gathered(const CUtensorMap *mw, const wi
             bar_arrive_copies(&sh.full[s]);
         }
     }
+    /* One more stage with nothing in it, so that the end is seen. */
+    bar_wait(&sh.empty[it % kWideStages], it / kWideStages & 1 ^ 1);
+    if (threadIdx.x == 0)
+        bar_expect(&sh.full[it % kWideStages], 0);
+    bar_arrive_copies(&sh.full[it % kWideStages]);
 }
 
 /* ---- who multiplies and stores ---------------------------------------------------------------------------------------------------- */
@@ -448,12 +494,14 @@ __global__ void __launch_bounds__(384, 1) wide_kernel(const __grid_constant__ CU
         const uint32_t part = smem + kWideStages * kWideStage + wg * kWidePart;
         float acc[128];
         int it = 0, j = 0;
-        for (int tile = blockIdx.x / CLUSTER; tile < n_tiles; tile += gridDim.x / CLUSTER, j++) {
+        for (int tile = blockIdx.x / CLUSTER; GATHER || tile < n_tiles; tile += gridDim.x / CLUSTER, j++) {
             wide_tile t;
             int32_t d[16];
             if (GROUPED) {
                 bar_wait(&sh.full[it % kWideStages], it / kWideStages & 1);
                 t = sh.ring[j % kWideRing];
+                if (GATHER && t.n == 0)
+                    break;
                 if (OUT == GEMM_BF16)
                     find_rows(a.g, t, d);
                 multiply_any<CLUSTER, GATHER>(acc, sh, smem, wg, ku, &it, t.n);
@@ -498,6 +546,7 @@ int wide_launch(arle_device *dev, cudaStream_t st, const gemm_args &g)
 {
     wide_args a = {};
     a.g = g;
+    a.g.tickets = dev->tickets;
     a.m_tiles = (int)ceil_div(g.n, kWideRows * CLUSTER);
     a.t_tiles = (int)ceil_div(g.rows, kWideTokens);
     a.panel = 8;          /* 4, 8, 16, 32 token tiles together: 1038, 1022, 1033, 1056 us for 8,192 x 18432 x 2560 on an H100 */

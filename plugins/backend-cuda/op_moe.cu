@@ -1,7 +1,7 @@
 /*
  * moe_route and moe_experts. The (token, expert) pairs are sorted by expert on the device; gate_up and down are then grouped
- * products of gemm_stream, which reads the weights of each expert in use once per tile of tokens; the last kernel sums the
- * experts of a token in routing order.
+ * products of gemm_stream, which reads the weights of each expert in use once per tile of tokens, or of gemm_wide for many tokens;
+ * the last kernel sums the experts of a token in routing order.
  */
 #include "gemm_wide.cuh"
 #include "gemv.cuh"
