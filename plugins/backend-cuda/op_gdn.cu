@@ -10,7 +10,7 @@
  *            dimension is the row. Two warps hold the two halves of the keys and exchange their parts of W S and Q S.
  *   gate     norm over the head and silu(z), in place
  */
-#include "common.cuh"
+#include "wgmma.cuh"
 #include <errno.h>
 
 
@@ -35,6 +35,8 @@ struct gdn_args {
     bf16 *w;                    /* [chunks][n_v][64][128] */
     bf16 *p;                    /* [chunks][n_v][64][64] */
     float *decay;               /* [chunks][n_v][2][64]: e^gamma, e^(Gamma - gamma) */
+    unsigned char *kq;          /* [chunks][n_k][kKQ] */
+    unsigned char *rec;         /* [chunks][n_v][kRec] */
 };
 
 __device__ __forceinline__ bf16 *conv_state(const gdn_args &a, int s)
@@ -1039,6 +1041,703 @@ __global__ void __launch_bounds__(256) gate_kernel(const gdn_args a)
     }
 }
 
+/* ---- chunks on compute capability 9.0 ---------------------------------------------------------------------------------- */
+
+/*
+ * The same chunks in two kernels, for machines with warpgroup products and bulk copies:
+ *   tile   per chunk and key head: convolution of q and k, A = (I + M)^-1 diag(beta), P. Written as the tiles that `walk` reads.
+ *   walk   per (sequence, head, 64 value columns), chunk after chunk: R = V - e^gamma K S, Vn = A R, O = e^gamma Q S + P Vn,
+ *          S' = e^Gamma S + K^T (e^(Gamma - gamma) Vn). Its warpgroups: products, convolution of v, gated norm, loads.
+ * What passes between them is K and Q [2][64][128] and A and P [2][64][64], bf16 in swizzled panels, and the two decays in f32.
+ */
+const int kKQ = 2 * kTile, kRec = 2 * kChunk * kChunk * 2 + 2 * kChunk * 4;
+const int kWalkCols = 64, kStages = 3, kStage = (kKQ + kRec + 1023) / 1024 * 1024, kColTile = kChunk * kWalkCols * 2;
+const int kWalkSmem = 1024 + kStages * kStage + 4 * kColTile, kWalkThreads = 512;
+const int kTileSmem = 1024 + kKQ + 2 * kRec + 2 * kChunk * kLd * 4 + 4 * kChunk * 4;
+
+size_t tile_scratch(const gdn_args *a, int n_tokens)
+{
+    return ((size_t)n_tokens / kChunk + a->n_seqs) * ((size_t)a->n_k * kKQ + (size_t)a->n_v * kRec);
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+__device__ __forceinline__ void mbar_init(uint32_t bar, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory"); }
+__device__ __forceinline__ void mbar_arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
+__device__ __forceinline__ void mbar_expect(uint32_t bar, int bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void mbar_wait(uint32_t bar, int parity)
+{
+    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}\n"
+                 ::"r"(bar), "r"(parity) : "memory");
+}
+
+/* As mbar_wait, for a barrier that the other block of the cluster arrives at. */
+__device__ __forceinline__ void mbar_wait_cluster(uint32_t bar, int parity)
+{
+    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@p bra done;\n"
+                 "bra again;\ndone:\n}\n" ::"r"(bar), "r"(parity) : "memory");
+}
+
+/* One arrival of a warp, after all of its lanes have come here. */
+__device__ __forceinline__ void warp_arrive(uint32_t bar)
+{
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0)
+        mbar_arrive(bar);
+}
+
+__device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, int bytes, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(dst), "l"(src), "r"(bytes), "r"(bar) : "memory");
+}
+
+__device__ __forceinline__ void bulk_store(void *dst, uint32_t src, int bytes)
+{
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
+}
+
+/* Returns when shared memory may be written again. */
+__device__ __forceinline__ void bulk_store_wait()
+{
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+__device__ __forceinline__ float exp2_fast(float x)
+{
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+__device__ __forceinline__ float silu_fast(float x)
+{
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.f + exp2_fast(-1.4426950408889634f * x)));
+    return x * r;
+}
+
+__device__ __forceinline__ void stsm4t(uint32_t addr, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+/* d (+)= A B: A 64 x 16 in registers, B^T 64 x 16 in shared memory with the inner dimension contiguous. */
+__device__ __forceinline__ void wgmma_reg_64x64(float (&d)[32], const uint32_t *a, uint64_t b, int accumulate)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+                 " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+/* d += A B: A 64 x 16 in registers, B 16 x 128 in shared memory, its 128 contiguous. */
+__device__ __forceinline__ void wgmma_64x128(float (&d)[64], const uint32_t *a, uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+                 " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
+                 " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
+                 " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+                   "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+                   "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+                   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+                   "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+/* Operand step ks (16 columns) of 64 rows whose columns lie in panels of 64. */
+__device__ __forceinline__ uint64_t panel_step(uint32_t base, int ks) { return wgmma_desc(base + (ks >> 2) * (kChunk * 128) + (ks & 3) * 32, 16); }
+
+template <int HALF> __device__ __forceinline__ void fold(float (&v)[16], bool up)
+{
+#pragma unroll
+    for (int i = 0; i < HALF; i++) {
+        const float x = __shfl_xor_sync(0xffffffffu, up ? v[i] : v[i + HALF], HALF);
+        v[i] = up ? v[i + HALF] : v[i];
+        v[i] += x;
+    }
+}
+
+/* Sums over the warp of 16 values at once; lane l gets that of value l & 15. */
+__device__ __forceinline__ float warp_sum16(float (&v)[16], int lane)
+{
+    fold<8>(v, lane & 8);
+    fold<4>(v, lane & 4);
+    fold<2>(v, lane & 2);
+    fold<1>(v, lane & 1);
+    return v[0] + __shfl_xor_sync(0xffffffffu, v[0], 16);
+}
+
+/* Convolution of q (odd warps) and k (even warps) of the block's key head, to the panels at kq; a warp has 16 tokens, a lane 4 channels. */
+__device__ __forceinline__ void conv_key_head(const gdn_args &a, const uint2 *raw, uint32_t kq, int kind, int run, int n, int c, int lane)
+{
+    float h0[4], h1[4], h2[4], ss[16];
+    uint2 y[16];
+    float4 w[4];
+    unpack4(raw[0], h0);
+    unpack4(raw[1], h1);
+    unpack4(raw[2], h2);
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        w[e] = *(const float4 *)(a.conv_w + (int64_t)(c + e) * 4);
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        float u[4], f[4];
+        unpack4(raw[3 + i], u);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            f[e] = silu_fast(w[e].x * h0[e] + w[e].y * h1[e] + w[e].z * h2[e] + w[e].w * u[e]);
+            h0[e] = h1[e];
+            h1[e] = h2[e];
+            h2[e] = u[e];
+        }
+        y[i] = make_uint2(pack2(f[0], f[1]), pack2(f[2], f[3]));
+        unpack4(y[i], f);
+        ss[i] = f[0] * f[0] + f[1] * f[1] + f[2] * f[2] + f[3] * f[3];
+    }
+    const float r = rsqrtf(warp_sum16(ss, lane) + 1e-6f) * (kind == 1 ? 0.08838834764831845f : 1.f);
+    const uint32_t to = kq + kind * kTile + (lane & 1) * 8;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        const int row = run * 16 + i;
+        float f[4], scale = __shfl_sync(0xffffffffu, r, i);
+        unpack4(y[i], f);
+        scale = row < n ? scale : 0.f;
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to + panel_at<kChunk>(row, lane >> 1)), "r"(pack2(f[0] * scale, f[1] * scale)),
+                     "r"(pack2(f[2] * scale, f[3] * scale)) : "memory");
+    }
+}
+
+/* Gates of one value head by one warp: log2 of the decay summed over the chunk, beta, and the decays of the record. */
+__device__ __forceinline__ void chunk_gates(const gdn_args &a, int t, int n, int h, float *gam, float *bet, float *decay, int lane)
+{
+    float gate[2], b[2];
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        const int i = lane + p * 32;
+        const bf16 *row = a.proj + (int64_t)(t + min(i, n - 1)) * a.ld_proj;
+        const float x = __bfloat162float(row[a.a_off + h]), y = __bfloat162float(row[a.b_off + h]);
+        gate[p] = i < n ? decay_log(a.A_log[h], x + a.dt_bias[h]) * 1.4426950408889634f : 0.f;
+        b[p] = i < n ? sigmoidf(y) : 0.f;
+    }
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) {
+        float x = __shfl_up_sync(0xffffffffu, gate[0], o), y = __shfl_up_sync(0xffffffffu, gate[1], o);
+        gate[0] += lane >= o ? x : 0.f;
+        gate[1] += lane >= o ? y : 0.f;
+    }
+    gate[1] += __shfl_sync(0xffffffffu, gate[0], 31);
+    const float last = __shfl_sync(0xffffffffu, gate[1], 31);
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        gam[lane + p * 32] = gate[p];
+        bet[lane + p * 32] = b[p];
+        decay[lane + p * 32] = exp2f(gate[p]);
+        decay[kChunk + lane + p * 32] = exp2f(last - gate[p]);
+    }
+}
+
+/* From K K^T (first warpgroup) the triangle M in f32, from Q K^T (second) P in bf16; w: warp of the warpgroup, with 16 rows. */
+__device__ __forceinline__ void mask_products(const float (&d)[32], bool is_p, float *M, unsigned char *p, const float *gam, const float *bet, int w, int lane)
+{
+    const int g = lane >> 2, tq = lane & 3, row = w * 16 + g;
+    const float ga0 = gam[row], ga1 = gam[row + 8], b0 = bet[row], b1 = bet[row + 8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const int col = j * 8 + 2 * tq;
+        float x[4] = { 0.f, 0.f, 0.f, 0.f };
+        if (j <= 2 * w + 1) {
+            /* Masked before the exponential: above the diagonal the exponent is positive and may overflow. */
+            const float2 gc = *(const float2 *)(gam + col);
+            x[0] = row >= col ? d[4 * j] * exp2_fast(ga0 - gc.x) : 0.f;
+            x[1] = row >= col + 1 ? d[4 * j + 1] * exp2_fast(ga0 - gc.y) : 0.f;
+            x[2] = row + 8 >= col ? d[4 * j + 2] * exp2_fast(ga1 - gc.x) : 0.f;
+            x[3] = row + 8 >= col + 1 ? d[4 * j + 3] * exp2_fast(ga1 - gc.y) : 0.f;
+        }
+        if (is_p) {
+            *(uint32_t *)(p + at64(row, j) + tq * 4) = pack2(x[0], x[1]);
+            *(uint32_t *)(p + at64(row + 8, j) + tq * 4) = pack2(x[2], x[3]);
+        } else if (w >= 2 || j < 4) {       /* the upper right quarter serves invert_triangle */
+            *(float2 *)(M + row * kLd + col) = make_float2(row > col ? b0 * x[0] : 0.f, row > col + 1 ? b0 * x[1] : 0.f);
+            *(float2 *)(M + (row + 8) * kLd + col) = make_float2(row + 8 > col ? b1 * x[2] : 0.f, row + 8 > col + 1 ? b1 * x[3] : 0.f);
+        }
+    }
+}
+
+/* Block (key head, chunk, sequence), two warpgroups; two value heads at a time, a warpgroup each where not said otherwise. */
+__device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *smem)
+{
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, kh = blockIdx.x, c = blockIdx.y, s = a.seq0 + blockIdx.z;
+    const int t_seq = a.cu[s], n_seq = a.cu[s + 1] - t_seq, n = min(kChunk, n_seq - c * kChunk);
+    if (n <= 0)
+        return;
+    const int64_t id = chunk_id(a, s, c);
+    const uint32_t kq = smem_u32(smem);
+    unsigned char *rec = smem + kKQ;
+    float *tri = (float *)(rec + 2 * kRec), *gam = tri + 2 * kChunk * kLd, *bet = gam + 2 * kChunk;
+
+    const int kind = warp & 1, run = warp >> 1, ch = ((kind ? 0 : a.n_k) + kh) * kDim + lane * 4;
+    uint2 raw[19];
+#pragma unroll
+    for (int i = 0; i < 19; i++)
+        raw[i] = conv_in4(a, conv_state(a, s), t_seq, min(c * kChunk + run * 16 + i - 3, n_seq - 1), ch);
+    int heads = min(2, a.ratio);
+    if (warp < heads)
+        chunk_gates(a, t_seq + c * kChunk, n, kh * a.ratio + warp, gam + warp * 64, bet + warp * 64,
+                    (float *)(rec + warp * kRec + 2 * kChunk * kChunk * 2), lane);
+    conv_key_head(a, raw, kq, kind, run, n, ch, lane);
+    wgmma_publish();
+    __syncthreads();
+    if (tid == 0)
+        bulk_store(a.kq + (id * a.n_k + kh) * kKQ, kq, kKQ);
+
+    const int wg = warp >> 2, w = warp & 3;
+    float d[32];
+    wgmma_fence();
+#pragma unroll
+    for (int ks = 0; ks < 8; ks++)
+        wgmma_64x64(d, panel_step(kq + wg * kTile, ks), panel_step(kq, ks), ks > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_hold(d);
+
+    for (int h0 = 0; h0 < a.ratio; h0 += 2) {
+        heads = min(2, a.ratio - h0);
+        if (h0 > 0) {
+            if (tid == 0)
+                bulk_store_wait();
+            __syncthreads();
+            if (warp < heads)
+                chunk_gates(a, t_seq + c * kChunk, n, kh * a.ratio + h0 + warp, gam + warp * 64, bet + warp * 64,
+                            (float *)(rec + warp * kRec + 2 * kChunk * kChunk * 2), lane);
+            __syncthreads();
+        }
+        for (int v = 0; v < heads; v++)
+            mask_products(d, wg == 1, tri + v * kChunk * kLd, rec + v * kRec + kChunk * kChunk * 2, gam + v * 64, bet + v * 64, w, lane);
+        __syncthreads();
+        float *A = tri + wg * kChunk * kLd;
+        invert_triangle(A, A + 32, w, lane, wg < heads);
+        if (wg < heads) {
+            unsigned char *to = rec + wg * kRec;
+            const int piece = tid & 7;
+            const float *be = bet + wg * 64 + piece * 8;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int row = i * 16 + ((tid & 127) >> 3);
+                uint32_t r[4];
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int col = piece * 8 + 2 * e;
+                    float2 x = *(const float2 *)(A + row * kLd + col), b = *(const float2 *)(be + 2 * e);
+                    r[e] = pack2(col <= row ? x.x * b.x : 0.f, col < row ? x.y * b.y : 0.f);
+                }
+                *(uint4 *)(to + at64(row, piece)) = make_uint4(r[0], r[1], r[2], r[3]);
+            }
+        }
+        wgmma_publish();
+        __syncthreads();
+        if (tid == 0)
+            bulk_store(a.rec + (id * a.n_v + kh * a.ratio + h0) * kRec, kq + kKQ, heads * kRec);
+    }
+    if (tid == 0)
+        bulk_store_wait();
+}
+
+struct walk_bars { uint64_t full[kStages], empty[kStages], v_full[2], v_empty[2], o_full[2], o_empty[2], peer[2]; };
+
+/* What a warpgroup of `walk` needs to know. */
+struct walk {
+    int s, h, kh, cb, t0, n, n_chunks;
+    int64_t id0;
+    uint32_t stage, v, o;           /* shared memory */
+    walk_bars *bars;
+    float *sums;                    /* [2][64]: the other block's sums of squares */
+};
+
+/* Outputs of a chunk, tokens along the rows, to the gated norm. */
+__device__ __forceinline__ void hand_out(const walk &k, const uint32_t *o, int c, int w, int lane)
+{
+    mbar_wait(smem_u32(&k.bars->o_empty[c & 1]), ((c >> 1) & 1) ^ 1);
+    const uint32_t to = k.o + (c & 1) * kColTile;
+#pragma unroll
+    for (int j = 0; j < 8; j += 2)
+        stsm4t(to + at64((j + (lane >> 4)) * 8 + (lane & 7), w * 2 + ((lane >> 3) & 1)), o[2 * j], o[2 * j + 1], o[2 * j + 2], o[2 * j + 3]);
+    warp_arrive(smem_u32(&k.bars->o_full[c & 1]));
+}
+
+/*
+ * S^T [64 values][128 keys] is the accumulator. Products with Q wait in the queue behind those that the next product needs, and run
+ * while registers are turned into its operand; outputs of a chunk are taken out while the next chunk's K S runs.
+ */
+__device__ __forceinline__ void walk_products(const gdn_args &a, const walk &k)
+{
+    const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31, g = lane >> 2, tq = lane & 3;
+    float *S = s_state(a, k.s, k.h) + k.cb * kWalkCols + w * 16 + g;
+    float st[64], x[32], o[32];
+#pragma unroll
+    for (int i = 0; i < 64; i++)
+        st[i] = S[((i >> 2) * 8 + 2 * tq + (i & 1)) * kDim + ((i >> 1) & 1) * 8];
+    uint32_t sb[32];
+    /* S becomes the operand of K S with the keys in stage `at`, and then what that chunk leaves of it. */
+    auto ask_state = [&](int at, int phase, bool more) {
+        const uint32_t k_s = k.stage + at * kStage;
+        float last = 1.f;
+        if (more) {
+            mbar_wait(smem_u32(&k.bars->full[at]), phase);
+            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(last) : "r"(k_s + kKQ + 2 * kChunk * kChunk * 2 + (kChunk - 1) * 4));
+        }
+#pragma unroll
+        for (int i = 0; i < 32; i++)
+            sb[i] = pack2(st[2 * i], st[2 * i + 1]);
+        wgmma_fence();
+#pragma unroll
+        for (int ks = 0; ks < 8; ks++)
+            wgmma_reg_64x64(x, sb + 4 * ks, panel_step(k_s, ks), ks > 0);
+        wgmma_commit();
+#pragma unroll
+        for (int i = 0; i < 64; i++)
+            st[i] *= last;
+    };
+    ask_state(0, 0, true);
+    for (int c = 0, at = 0, phase = 0; c < k.n_chunks; c++) {
+        const uint32_t k_s = k.stage + at * kStage, q_s = k_s + kTile, a_s = q_s + kTile, p_s = a_s + kChunk * kChunk * 2;
+        const uint32_t eg_s = p_s + kChunk * kChunk * 2 + 8 * tq, v_s = k.v + (c & 1) * kColTile;
+        auto decay2 = [&](int j, int which) {
+            float2 e;
+            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(e.x), "=f"(e.y) : "r"(eg_s + which * kChunk * 4 + j * 32));
+            return e;
+        };
+        uint32_t r[16], vw[16];
+        mbar_wait(smem_u32(&k.bars->v_full[c & 1]), (c >> 1) & 1);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2)
+            ldsm4t(vw + 2 * j, v_s + at64((j + (lane >> 4)) * 8 + (lane & 7), w * 2 + ((lane >> 3) & 1)));
+        warp_arrive(smem_u32(&k.bars->v_empty[c & 1]));
+        wgmma_wait<0>();
+        wgmma_hold(x);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 e = decay2(j, 0), v0 = unpack2(vw[2 * j]), v1 = unpack2(vw[2 * j + 1]);
+            r[2 * j] = pack2(v0.x - e.x * x[4 * j], v0.y - e.y * x[4 * j + 1]);
+            r[2 * j + 1] = pack2(v1.x - e.x * x[4 * j + 2], v1.y - e.y * x[4 * j + 3]);
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int ks = 0; ks < 4; ks++)
+            wgmma_reg_64x64(x, r + 4 * ks, panel_step(a_s, ks), ks > 0);
+        wgmma_commit();
+#pragma unroll
+        for (int ks = 0; ks < 8; ks++)
+            wgmma_reg_64x64(o, sb + 4 * ks, panel_step(q_s, ks), ks > 0);
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_hold(x);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 e = decay2(j, 1);
+            r[2 * j] = pack2(e.x * x[4 * j], e.y * x[4 * j + 1]);
+            r[2 * j + 1] = pack2(e.x * x[4 * j + 2], e.y * x[4 * j + 3]);
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int ks = 0; ks < 4; ks++)
+            wgmma_64x128(st, r + 4 * ks, wgmma_desc(k_s + ks * 16 * 128, kChunk * 128));
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_hold(o);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 e = decay2(j, 0);
+            o[4 * j] *= e.x;
+            o[4 * j + 1] *= e.y;
+            o[4 * j + 2] *= e.x;
+            o[4 * j + 3] *= e.y;
+            vw[2 * j] = pack2(x[4 * j], x[4 * j + 1]);
+            vw[2 * j + 1] = pack2(x[4 * j + 2], x[4 * j + 3]);
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int ks = 0; ks < 4; ks++)
+            wgmma_reg_64x64(o, vw + 4 * ks, panel_step(p_s, ks), 1);
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_hold(st);
+        const int here = at;
+        const bool more = c + 1 < k.n_chunks;
+        if (more && ++at == kStages) {
+            at = 0;
+            phase ^= 1;
+        }
+        ask_state(at, phase, more);         /* after the last chunk for nothing: products under a condition would be serialized */
+        wgmma_wait<1>();
+        wgmma_hold(o);
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            vw[i] = pack2(o[2 * i], o[2 * i + 1]);
+        hand_out(k, vw, c, w, lane);
+        warp_arrive(smem_u32(&k.bars->empty[here]));
+    }
+    wgmma_wait<0>();
+    wgmma_hold(x);
+#pragma unroll
+    for (int i = 0; i < 64; i++)
+        S[((i >> 2) * 8 + 2 * tq + (i & 1)) * kDim + ((i >> 1) & 1) * 8] = st[i];
+}
+
+/* Convolution of v: a warp has 16 tokens of a chunk, a lane two channels; raw values are asked for a chunk ahead. */
+__device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k)
+{
+    const int w = (threadIdx.x >> 5) & 3, lane = threadIdx.x & 31;
+    const int ch = 2 * a.n_k * kDim + k.h * kDim + k.cb * kWalkCols + lane * 2;
+    const bf16 *u = a.proj + (int64_t)k.t0 * a.ld_proj + a.u_off + ch;
+    bf16 *rec = conv_state(a, k.s) + ch;
+    const float4 wa = *(const float4 *)(a.conv_w + (int64_t)ch * 4), wb = *(const float4 *)(a.conv_w + (int64_t)ch * 4 + 4);
+    auto input = [&](int i) { return *(const uint32_t *)(i >= 0 ? u + (int64_t)i * a.ld_proj : rec + (int64_t)(3 + i) * a.n_conv); };
+    uint32_t next[19];
+    auto ask = [&](int c) {
+        const int i0 = c * kChunk + w * 16 - 3;
+        if (i0 >= 0 && i0 + 19 <= k.n) {
+            const bf16 *row = u + (int64_t)i0 * a.ld_proj;
+#pragma unroll
+            for (int i = 0; i < 19; i++, row += a.ld_proj)
+                next[i] = *(const uint32_t *)row;
+        } else {
+#pragma unroll
+            for (int i = 0; i < 19; i++)
+                next[i] = input(min(i0 + i, k.n - 1));
+        }
+    };
+    ask(0);
+    for (int c = 0; c < k.n_chunks; c++) {
+        float2 h0 = unpack2(next[0]), h1 = unpack2(next[1]), h2 = unpack2(next[2]);
+        uint32_t raw[16];
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            raw[i] = next[3 + i];
+        if (c + 1 < k.n_chunks)
+            ask(c + 1);
+        mbar_wait(smem_u32(&k.bars->v_empty[c & 1]), ((c >> 1) & 1) ^ 1);
+        const uint32_t to = k.v + (c & 1) * kColTile + (lane & 3) * 4;
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const float2 x = unpack2(raw[i]);
+            const float y0 = silu_fast(wa.x * h0.x + wa.y * h1.x + wa.z * h2.x + wa.w * x.x);
+            const float y1 = silu_fast(wb.x * h0.y + wb.y * h1.y + wb.z * h2.y + wb.w * x.y);
+            h0 = h1;
+            h1 = h2;
+            h2 = x;
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + at64(w * 16 + i, lane >> 2)), "r"(c * kChunk + w * 16 + i < k.n ? pack2(y0, y1) : 0u) : "memory");
+        }
+        warp_arrive(smem_u32(&k.bars->v_full[c & 1]));
+    }
+    if (w == 0) {       /* the only warp that read the state; these channels are this block's alone */
+        uint32_t r[3];
+#pragma unroll
+        for (int i = 0; i < 3; i++)
+            r[i] = input(k.n - 3 + i);
+#pragma unroll
+        for (int i = 0; i < 3; i++)
+            *(uint32_t *)(rec + (int64_t)i * a.n_conv) = r[i];
+    }
+}
+
+/* Norm and gate: 8 threads have a token's 64 columns, the sum of squares of the other 64 comes from the other block. */
+__device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k)
+{
+    const int tid = threadIdx.x & 127, piece = tid & 7, row0 = tid >> 3;
+    const int64_t col = k.h * kDim + k.cb * kWalkCols + piece * 8;
+    const float4 *w4 = (const float4 *)(a.norm_w + k.cb * kWalkCols + piece * 8);
+    const float4 wa = w4[0], wb = w4[1];
+    const float wn[8] = { wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w };
+    const bf16 *z = a.proj + (int64_t)k.t0 * a.ld_proj + a.z_off + col;
+    bf16 *out = a.out + (int64_t)k.t0 * a.ld_out + col;
+    uint32_t far_sums, far_peer;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far_sums) : "r"(smem_u32(k.sums)), "r"(k.cb ^ 1));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far_peer) : "r"(smem_u32(k.bars->peer)), "r"(k.cb ^ 1));
+    uint4 next[4];
+    auto ask = [&](int c) {
+#pragma unroll
+        for (int p = 0; p < 4; p++)
+            next[p] = *(const uint4 *)(z + (int64_t)min(c * kChunk + p * 16 + row0, k.n - 1) * a.ld_proj);
+    };
+    ask(0);
+    for (int c = 0; c < k.n_chunks; c++) {
+        uint4 zv[4], ov[4];
+        float ss[4];
+#pragma unroll
+        for (int p = 0; p < 4; p++)
+            zv[p] = next[p];
+        if (c + 1 < k.n_chunks)
+            ask(c + 1);
+        mbar_wait(smem_u32(&k.bars->o_full[c & 1]), (c >> 1) & 1);
+        const uint32_t from = k.o + (c & 1) * kColTile;
+#pragma unroll
+        for (int p = 0; p < 4; p++)
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(ov[p].x), "=r"(ov[p].y), "=r"(ov[p].z), "=r"(ov[p].w)
+                         : "r"(from + at64(p * 16 + row0, piece)));
+        warp_arrive(smem_u32(&k.bars->o_empty[c & 1]));
+#pragma unroll
+        for (int p = 0; p < 4; p++) {
+            float2 f = unpack2(ov[p].x), f1 = unpack2(ov[p].y), f2 = unpack2(ov[p].z), f3 = unpack2(ov[p].w);
+            ss[p] = f.x * f.x + f.y * f.y + f1.x * f1.x + f1.y * f1.y + f2.x * f2.x + f2.y * f2.y + f3.x * f3.x + f3.y * f3.y;
+        }
+#pragma unroll
+        for (int d = 1; d < 8; d <<= 1)
+#pragma unroll
+            for (int p = 0; p < 4; p++)
+                ss[p] += __shfl_xor_sync(0xffffffffu, ss[p], d);
+        if (piece == 0) {
+#pragma unroll
+            for (int p = 0; p < 4; p++)
+                asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(far_sums + ((c & 1) * kChunk + p * 16 + row0) * 4), "f"(ss[p]) : "memory");
+            asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(far_peer + (c & 1) * 8) : "memory");
+        }
+        mbar_wait_cluster(smem_u32(&k.bars->peer[c & 1]), (c >> 1) & 1);
+#pragma unroll
+        for (int p = 0; p < 4; p++) {
+            const int i = c * kChunk + p * 16 + row0;
+            const float rho = rsqrtf((ss[p] + *(volatile float *)(k.sums + (c & 1) * kChunk + p * 16 + row0)) / (float)kDim + a.eps);
+            const uint32_t op[4] = { ov[p].x, ov[p].y, ov[p].z, ov[p].w }, zp[4] = { zv[p].x, zv[p].y, zv[p].z, zv[p].w };
+            uint32_t r[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float2 f = unpack2(op[e]), zz = unpack2(zp[e]);
+                r[e] = pack2(f.x * rho * wn[2 * e] * silu_fast(zz.x), f.y * rho * wn[2 * e + 1] * silu_fast(zz.y));
+            }
+            if (i < k.n)
+                *(uint4 *)(out + (int64_t)i * a.ld_out) = make_uint4(r[0], r[1], r[2], r[3]);
+        }
+    }
+}
+
+/* Loads: warp 0 the tiles, warp 1 asks for v and z ahead of their use, warp 2 moves the convolution state of q or k on. */
+__device__ __forceinline__ void walk_loads(const gdn_args &a, const walk &k)
+{
+    const int warp = (threadIdx.x >> 5) & 3, lane = threadIdx.x & 31;
+    if (warp < 2) {
+        const unsigned char *kq = a.kq + (k.id0 * a.n_k + k.kh) * kKQ, *rec = a.rec + (k.id0 * a.n_v + k.h) * kRec;
+        for (int c = 0, at = 0, phase = 1; c < k.n_chunks; c++) {
+            mbar_wait(smem_u32(&k.bars->empty[at]), phase);
+            const uint32_t full = smem_u32(&k.bars->full[at]), to = k.stage + at * kStage;
+            if (warp == 1) {
+                for (int i = (c + 2) * kChunk + lane; i < min((c + 3) * kChunk, k.n); i += 32) {
+                    const bf16 *row = a.proj + (int64_t)(k.t0 + i) * a.ld_proj + k.h * kDim + k.cb * kWalkCols;
+                    l2_prefetch(row + a.u_off + 2 * a.n_k * kDim);
+                    l2_prefetch(row + a.z_off);
+                }
+            } else if (lane == 0) {
+                mbar_expect(full, kKQ + kRec);
+                bulk_load(to, kq + (int64_t)c * a.n_k * kKQ, kKQ, full);
+                bulk_load(to + kKQ, rec + (int64_t)c * a.n_v * kRec, kRec, full);
+            }
+            if (++at == kStages) {
+                at = 0;
+                phase ^= 1;
+            }
+        }
+    } else if (warp == 2 && k.h % a.ratio == 0) {
+        bf16 *rec = conv_state(a, k.s);
+        const int ch = (k.cb * a.n_k + k.kh) * kDim + lane * 4;
+        uint2 r[3];
+#pragma unroll
+        for (int i = 0; i < 3; i++)
+            r[i] = conv_in4(a, rec, k.t0, k.n - 3 + i, ch);
+#pragma unroll
+        for (int i = 0; i < 3; i++)
+            *(uint2 *)(rec + (int64_t)i * a.n_conv + ch) = r[i];
+    }
+}
+
+__device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *smem, walk_bars *bars, float *sums)
+{
+    walk k;
+    k.cb = blockIdx.x;
+    k.h = blockIdx.y;
+    k.kh = k.h / a.ratio;
+    k.s = a.seq0 + blockIdx.z;
+    k.t0 = a.cu[k.s];
+    k.n = a.cu[k.s + 1] - k.t0;
+    if (k.n == 0)
+        return;
+    k.n_chunks = (k.n + kChunk - 1) / kChunk;
+    k.id0 = chunk_id(a, k.s, 0);
+    k.stage = smem_u32(smem);
+    k.v = k.stage + kStages * kStage;
+    k.o = k.v + 2 * kColTile;
+    k.bars = bars;
+    k.sums = sums;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kStages; i++) {
+            mbar_init(smem_u32(&bars->full[i]), 1);
+            mbar_init(smem_u32(&bars->empty[i]), 4);
+        }
+        for (int i = 0; i < 2; i++) {
+            mbar_init(smem_u32(&bars->v_full[i]), 4);
+            mbar_init(smem_u32(&bars->v_empty[i]), 4);
+            mbar_init(smem_u32(&bars->o_full[i]), 4);
+            mbar_init(smem_u32(&bars->o_empty[i]), 4);
+            mbar_init(smem_u32(&bars->peer[i]), 16);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    /* Registers: 240 + 112 + 112 + 40 of the 512 that four threads of a multiprocessor's 512 have. */
+    const int role = threadIdx.x >> 7;
+    if (role == 0) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        walk_products(a, k);
+    } else if (role == 1) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 112;");
+        walk_values(a, k);
+    } else if (role == 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 112;");
+        walk_gate(a, k);
+    } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        walk_loads(a, k);
+    }
+}
+
+#endif
+
+__global__ void __launch_bounds__(256, 2) tile_kernel(const gdn_args a)
+{
+    extern __shared__ __align__(128) unsigned char gdn_smem[];
+    pdl_launch();
+    pdl_wait();
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    tile_block(a, gdn_smem + (-smem_u32(gdn_smem) & 1023));
+#endif
+}
+
+__global__ void __launch_bounds__(kWalkThreads, 1) walk_kernel(const gdn_args a)
+{
+    extern __shared__ __align__(128) unsigned char gdn_smem[];
+    pdl_launch();
+    pdl_wait();
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    __shared__ walk_bars bars;          /* its presence tells have_walk() that the code is there */
+    __shared__ float sums[2 * kChunk];
+    walk_block(a, gdn_smem + (-smem_u32(gdn_smem) & 1023), &bars, sums);
+#endif
+}
+
 /* ---- launch ---------------------------------------------------------------------------------------------------------- */
 
 int run_chunks(arle_device *dev, cudaStream_t st, gdn_args a, const arle_batch *b, char *scratch)
@@ -1069,6 +1768,47 @@ size_t chunk_scratch(const gdn_args *a, int n_tokens)
 {
     size_t chunks = n_tokens / kChunk + a->n_seqs;
     return (size_t)n_tokens * a->n_conv * 2 + chunks * a->n_v * (2 * kDim * kChunk * 2 + kChunk * kChunk * 2 + 2 * kChunk * 4);
+}
+
+/* Is the code for compute capability 9.0 in this build, and does the device run it? */
+bool have_walk(const arle_device *dev)
+{
+    cudaFuncAttributes f;
+    return dev->cc == 90 && dev->max_smem >= (size_t)kWalkSmem + 1024 && cudaFuncGetAttributes(&f, walk_kernel) == cudaSuccess
+           && f.sharedSizeBytes > 0;
+}
+
+/* walk_kernel in pairs of blocks that share a value head. */
+int launch_walk(arle_device *dev, cudaStream_t st, const gdn_args &a)
+{
+    CUDA_TRY(dev, cudaFuncSetAttribute((const void *)walk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWalkSmem));
+    cudaLaunchConfig_t cfg = {};
+    cfg.gridDim = dim3(kDim / kWalkCols, a.n_v, a.n_seqs);
+    cfg.blockDim = dim3(kWalkThreads);
+    cfg.dynamicSmemBytes = kWalkSmem;
+    cfg.stream = st;
+    cudaLaunchAttribute attr[2];
+    attr[0].id = cudaLaunchAttributeClusterDimension;
+    attr[0].val.clusterDim.x = kDim / kWalkCols;
+    attr[0].val.clusterDim.y = attr[0].val.clusterDim.z = 1;
+    attr[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attr[1].val.programmaticStreamSerializationAllowed = 1;
+    cfg.attrs = attr;
+    cfg.numAttrs = dev->pdl ? 2 : 1;
+    if (dev->pdl)
+        bump(dev, COUNT_PDL);
+    CUDA_TRY(dev, cudaLaunchKernelEx(&cfg, walk_kernel, a));
+    return 0;
+}
+
+int run_tiles(arle_device *dev, cudaStream_t st, gdn_args a, const arle_batch *b, char *scratch)
+{
+    const int64_t chunks = (b->n_tokens - b->n_decode) / kChunk + a.n_seqs;
+    a.kq = (unsigned char *)scratch;
+    a.rec = a.kq + chunks * a.n_k * kKQ;
+    bump(dev, COUNT_GDN_CHUNK);
+    int r = launch(dev, st, tile_kernel, dim3(a.n_k, (unsigned)ceil_div(b->max_new, kChunk), a.n_seqs), dim3(256), kTileSmem, a);
+    return r == 0 ? launch_walk(dev, st, a) : r;
 }
 
 } // namespace
@@ -1116,8 +1856,10 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
     c.n_seqs = (int)(b->n_seqs - b->n_decode);
     c.tok0 = (int)b->n_decode;
     const bool aligned = (g->conv_state.stride | g->conv_state.offset | (size_t)g->conv_state.base) % 16 == 0;
+    const bool tiles = have_walk(dev);
+    const int n_new = (int)(b->n_tokens - b->n_decode);
     bool chunked = aligned && c.n_seqs > 0 && b->max_new > (uint32_t)kStepLimit && !dev->deterministic && g->scratch != NULL
-                   && chunk_scratch(&c, (int)(b->n_tokens - b->n_decode)) <= g->scratch_bytes;
+                   && (tiles ? tile_scratch(&c, n_new) : chunk_scratch(&c, n_new)) <= g->scratch_bytes;
     if (!chunked)
         stepped = b->n_seqs;        /* short pieces, deterministic mode: token after token */
     int r = 0;
@@ -1136,6 +1878,6 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
         r = launch(dev, cs(st), step_kernel, dim3((unsigned)(items < 2 * dev->n_sm ? items : 2 * dev->n_sm)), dim3(256), kStepSmem, a);
     }
     if (r == 0 && chunked)
-        r = run_chunks(dev, cs(st), c, b, (char *)g->scratch);
+        r = tiles ? run_tiles(dev, cs(st), c, b, (char *)g->scratch) : run_chunks(dev, cs(st), c, b, (char *)g->scratch);
     return r;
 }

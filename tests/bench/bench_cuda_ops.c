@@ -106,6 +106,17 @@ static void *random_act(int64_t n, float scale)
     return d;
 }
 
+/* Rows of one piece of random values again and again, for inputs too large to make on the host. */
+static void *repeated_act(int64_t rows, int64_t width, int64_t piece)
+{
+    if (rows <= piece)
+        return random_act(rows * width, 1);
+    char *x = ops_alloc(&b, (size_t)(rows * width) * 2), *one = random_act(piece * width, 1);
+    for (int64_t t = 0; t < rows; t += piece)
+        b.api->mem.copy(b.dev, b.st, x + t * width * 2, one, (size_t)((t + piece < rows ? piece : rows - t) * width) * 2, ARLE_COPY_D2D);
+    return x;
+}
+
 static void *random_f32(int64_t n, float scale)
 {
     static uint64_t seed = 4;
@@ -298,7 +309,7 @@ static void bench_gdn(int rows, int fresh)
     s_base = ops_alloc(&b, s_layer * (size_t)layers);
     size_t scratch = (size_t)(T * (conv + NV * (D + 2 * D + 8))) * 4;
     gdn = (struct arle_gdn_args) { .dtype = ARLE_BF16, .n_k = NK, .n_v = NV, .dk = D, .dv = D, .conv_width = 4, .eps = 1e-6f, .batch = &batch,
-        .proj = random_act(T * ld, 1), .ld_proj = ld, .z_off = conv, .a_off = conv + NV * D, .b_off = conv + NV * D + NV,
+        .proj = repeated_act(T, ld, 8192), .ld_proj = ld, .z_off = conv, .a_off = conv + NV * D, .b_off = conv + NV * D + NV,
         .conv_w = random_f32(conv * 4, 0.5f), .A_log = random_f32(NV, 1), .dt_bias = random_f32(NV, 1), .norm_w = random_f32(D, 1),
         .conv_state = { ops_alloc(&b, (size_t)rows * 3 * conv * 2), 3 * conv * 2, 0 }, .s_state = { s_base, s_bytes, 0 },
         .out = ops_alloc(&b, (size_t)T * NV * D * 2), .ld_out = NV * D, .scratch = ops_alloc(&b, scratch), .scratch_bytes = scratch };
@@ -418,9 +429,11 @@ int main(int argc, char **argv)
     bench_gdn(1, 1);
     bench_gdn(16, 1);
     bench_gdn(64, 1);
-    bench_gdn(1, 1024);
+    bench_gdn(1, 512);
+    bench_gdn(1, 2048);
     bench_gdn(1, 8192);
     bench_gdn(4, 8192);
+    bench_gdn(32, 8192);
     bench_moe();
     bench_sample(1, false);
     bench_sample(16, false);
