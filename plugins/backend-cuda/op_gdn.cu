@@ -1075,13 +1075,6 @@ __device__ __forceinline__ void mbar_wait(uint32_t bar, int parity)
                  ::"r"(bar), "r"(parity) : "memory");
 }
 
-/* As mbar_wait, for a barrier that the other block of the cluster arrives at. */
-__device__ __forceinline__ void mbar_wait_cluster(uint32_t bar, int parity)
-{
-    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@p bra done;\n"
-                 "bra again;\ndone:\n}\n" ::"r"(bar), "r"(parity) : "memory");
-}
-
 /* One arrival of a warp, after all of its lanes have come here. */
 __device__ __forceinline__ void warp_arrive(uint32_t bar)
 {
@@ -1161,8 +1154,10 @@ __device__ __forceinline__ void wgmma_64x128(float (&d)[64], const uint32_t *a, 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-/* Operand step ks (16 columns) of 64 rows whose columns lie in panels of 64. */
-__device__ __forceinline__ uint64_t panel_step(uint32_t base, int ks) { return wgmma_desc(base + (ks >> 2) * (kChunk * 128) + (ks & 3) * 32, 16); }
+/* 64 rows whose columns lie in panels of 64, as operands: with the columns inside, step ks has 16 of them; else 16 rows. */
+__device__ __forceinline__ uint64_t panels(uint32_t base) { return wgmma_desc(base, kChunk * 128); }
+__device__ __forceinline__ uint64_t panel_step(uint64_t p, int ks) { return p + (((ks >> 2) * (kChunk * 128) + (ks & 3) * 32) >> 4); }
+__device__ __forceinline__ uint64_t panel_rows(uint64_t p, int ks) { return p + (ks * 16 * 128 >> 4); }
 
 template <int HALF> __device__ __forceinline__ void fold(float (&v)[16], bool up)
 {
@@ -1312,7 +1307,7 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
     wgmma_fence();
 #pragma unroll
     for (int ks = 0; ks < 8; ks++)
-        wgmma_64x64(d, panel_step(kq + wg * kTile, ks), panel_step(kq, ks), ks > 0);
+        wgmma_64x64(d, panel_step(panels(kq + wg * kTile), ks), panel_step(panels(kq), ks), ks > 0);
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_hold(d);
@@ -1367,7 +1362,7 @@ struct walk {
     int64_t id0;
     uint32_t stage, v, o;           /* shared memory */
     walk_bars *bars;
-    float *sums;                    /* [2][64]: the other block's sums of squares */
+    float *sums;                    /* [2][16][4]: the other block's sums of squares; tokens 16 apart are neighbours */
 };
 
 /* Outputs of a chunk, tokens along the rows, to the gated norm. */
@@ -1408,7 +1403,7 @@ __device__ __forceinline__ void walk_products(const gdn_args &a, const walk &k)
         wgmma_fence();
 #pragma unroll
         for (int ks = 0; ks < 8; ks++)
-            wgmma_reg_64x64(x, sb + 4 * ks, panel_step(k_s, ks), ks > 0);
+            wgmma_reg_64x64(x, sb + 4 * ks, panel_step(panels(k_s), ks), ks > 0);
         wgmma_commit();
 #pragma unroll
         for (int i = 0; i < 64; i++)
@@ -1440,11 +1435,11 @@ __device__ __forceinline__ void walk_products(const gdn_args &a, const walk &k)
         wgmma_fence();
 #pragma unroll
         for (int ks = 0; ks < 4; ks++)
-            wgmma_reg_64x64(x, r + 4 * ks, panel_step(a_s, ks), ks > 0);
+            wgmma_reg_64x64(x, r + 4 * ks, panel_step(panels(a_s), ks), ks > 0);
         wgmma_commit();
 #pragma unroll
         for (int ks = 0; ks < 8; ks++)
-            wgmma_reg_64x64(o, sb + 4 * ks, panel_step(q_s, ks), ks > 0);
+            wgmma_reg_64x64(o, sb + 4 * ks, panel_step(panels(q_s), ks), ks > 0);
         wgmma_commit();
         wgmma_wait<1>();
         wgmma_hold(x);
@@ -1457,7 +1452,7 @@ __device__ __forceinline__ void walk_products(const gdn_args &a, const walk &k)
         wgmma_fence();
 #pragma unroll
         for (int ks = 0; ks < 4; ks++)
-            wgmma_64x128(st, r + 4 * ks, wgmma_desc(k_s + ks * 16 * 128, kChunk * 128));
+            wgmma_64x128(st, r + 4 * ks, panel_rows(panels(k_s), ks));
         wgmma_commit();
         wgmma_wait<1>();
         wgmma_hold(o);
@@ -1474,7 +1469,7 @@ __device__ __forceinline__ void walk_products(const gdn_args &a, const walk &k)
         wgmma_fence();
 #pragma unroll
         for (int ks = 0; ks < 4; ks++)
-            wgmma_reg_64x64(o, vw + 4 * ks, panel_step(p_s, ks), 1);
+            wgmma_reg_64x64(o, vw + 4 * ks, panel_step(panels(p_s), ks), 1);
         wgmma_commit();
         wgmma_wait<1>();
         wgmma_hold(st);
@@ -1602,17 +1597,25 @@ __device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k)
 #pragma unroll
             for (int p = 0; p < 4; p++)
                 ss[p] += __shfl_xor_sync(0xffffffffu, ss[p], d);
-        if (piece == 0) {
-#pragma unroll
-            for (int p = 0; p < 4; p++)
-                asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(far_sums + ((c & 1) * kChunk + p * 16 + row0) * 4), "f"(ss[p]) : "memory");
-            asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(far_peer + (c & 1) * 8) : "memory");
-        }
-        mbar_wait_cluster(smem_u32(&k.bars->peer[c & 1]), (c >> 1) & 1);
+        /* Stores that complete a transaction: an arrival that releases would wait for all stores of outputs before it. */
+        if (tid == 0)
+            mbar_expect(smem_u32(&k.bars->peer[c & 1]), kChunk * 4);
+        if (piece == 0)
+            asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                         ::"r"(far_sums + ((c & 1) * kChunk + row0 * 4) * 4), "f"(ss[0]), "f"(ss[1]), "f"(ss[2]), "f"(ss[3]),
+                           "r"(far_peer + (c & 1) * 8) : "memory");
+        mbar_wait(smem_u32(&k.bars->peer[c & 1]), (c >> 1) & 1);
+        float4 far;
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(far.x), "=f"(far.y), "=f"(far.z), "=f"(far.w)
+                     : "r"(smem_u32(k.sums) + ((c & 1) * kChunk + row0 * 4) * 4));
+        ss[0] += far.x;
+        ss[1] += far.y;
+        ss[2] += far.z;
+        ss[3] += far.w;
 #pragma unroll
         for (int p = 0; p < 4; p++) {
             const int i = c * kChunk + p * 16 + row0;
-            const float rho = rsqrtf((ss[p] + *(volatile float *)(k.sums + (c & 1) * kChunk + p * 16 + row0)) / (float)kDim + a.eps);
+            const float rho = rsqrtf(ss[p] * (1.f / kDim) + a.eps);
             const uint32_t op[4] = { ov[p].x, ov[p].y, ov[p].z, ov[p].w }, zp[4] = { zv[p].x, zv[p].y, zv[p].z, zv[p].w };
             uint32_t r[4];
 #pragma unroll
@@ -1692,7 +1695,7 @@ __device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *sme
             mbar_init(smem_u32(&bars->v_empty[i]), 4);
             mbar_init(smem_u32(&bars->o_full[i]), 4);
             mbar_init(smem_u32(&bars->o_empty[i]), 4);
-            mbar_init(smem_u32(&bars->peer[i]), 16);
+            mbar_init(smem_u32(&bars->peer[i]), 1);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -1733,7 +1736,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) walk_kernel(const gdn_args a)
     pdl_wait();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     __shared__ walk_bars bars;          /* its presence tells have_walk() that the code is there */
-    __shared__ float sums[2 * kChunk];
+    __shared__ __align__(16) float sums[2 * kChunk];
     walk_block(a, gdn_smem + (-smem_u32(gdn_smem) & 1023), &bars, sums);
 #endif
 }
