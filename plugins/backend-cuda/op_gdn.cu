@@ -1047,7 +1047,8 @@ __global__ void __launch_bounds__(256) gate_kernel(const gdn_args a)
  * The same chunks in two kernels, for machines with warpgroup products and bulk copies:
  *   tile   per chunk and key head: convolution of q and k, A = (I + M)^-1 diag(beta), P. Written as the tiles that `walk` reads.
  *   walk   per (sequence, head, 64 value columns), chunk after chunk: R = V - e^gamma K S, Vn = A R, O = e^gamma Q S + P Vn,
- *          S' = e^Gamma S + K^T (e^(Gamma - gamma) Vn). Its warpgroups: products, convolution of v, gated norm, loads.
+ *          S' = e^Gamma S + K^T (e^(Gamma - gamma) Vn). Its warpgroups: one for the products, two for loads and the
+ *          convolution of v, two for the gated norm.
  * What passes between them is K and Q [2][64][128] and A and P [2][64][64], bf16 in swizzled panels, and the two decays in f32.
  */
 const int kKQ = 2 * kTile, kRec = 2 * kChunk * kChunk * 2 + 2 * kChunk * 4;
@@ -1219,33 +1220,33 @@ __device__ __forceinline__ void conv_key_head(const gdn_args &a, const uint2 *ra
     }
 }
 
-/* Gates of one value head by one warp: log2 of the decay summed over the chunk, beta, and the decays of the record. */
-__device__ __forceinline__ void chunk_gates(const gdn_args &a, int t, int n, int h, float *gam, float *bet, float *decay, int lane)
+/* Gate and beta of token i of the chunk, zero past its end; the gate as log2 of the decay. */
+__device__ __forceinline__ void token_gates(const gdn_args &a, int t, int i, int n, int h, float *gam, float *bet)
 {
-    float gate[2], b[2];
-#pragma unroll
-    for (int p = 0; p < 2; p++) {
-        const int i = lane + p * 32;
-        const bf16 *row = a.proj + (int64_t)(t + min(i, n - 1)) * a.ld_proj;
-        const float x = __bfloat162float(row[a.a_off + h]), y = __bfloat162float(row[a.b_off + h]);
-        gate[p] = i < n ? decay_log(a.A_log[h], x + a.dt_bias[h]) * 1.4426950408889634f : 0.f;
-        b[p] = i < n ? sigmoidf(y) : 0.f;
-    }
+    const bf16 *row = a.proj + (int64_t)(t + min(i, n - 1)) * a.ld_proj;
+    const float x = __bfloat162float(row[a.a_off + h]), y = __bfloat162float(row[a.b_off + h]);
+    *gam = i < n ? decay_log(a.A_log[h], x + a.dt_bias[h]) * 1.4426950408889634f : 0.f;
+    *bet = i < n ? sigmoidf(y) : 0.f;
+}
+
+/* Gates of a value head are summed over the chunk by one warp, which also writes the decays of the record. */
+__device__ __forceinline__ void sum_gates(float *gam, float *decay, int lane)
+{
+    float x = gam[lane], y = gam[lane + 32];
 #pragma unroll
     for (int o = 1; o < 32; o <<= 1) {
-        float x = __shfl_up_sync(0xffffffffu, gate[0], o), y = __shfl_up_sync(0xffffffffu, gate[1], o);
-        gate[0] += lane >= o ? x : 0.f;
-        gate[1] += lane >= o ? y : 0.f;
+        float u = __shfl_up_sync(0xffffffffu, x, o), v = __shfl_up_sync(0xffffffffu, y, o);
+        x += lane >= o ? u : 0.f;
+        y += lane >= o ? v : 0.f;
     }
-    gate[1] += __shfl_sync(0xffffffffu, gate[0], 31);
-    const float last = __shfl_sync(0xffffffffu, gate[1], 31);
-#pragma unroll
-    for (int p = 0; p < 2; p++) {
-        gam[lane + p * 32] = gate[p];
-        bet[lane + p * 32] = b[p];
-        decay[lane + p * 32] = exp2f(gate[p]);
-        decay[kChunk + lane + p * 32] = exp2f(last - gate[p]);
-    }
+    y += __shfl_sync(0xffffffffu, x, 31);
+    const float last = __shfl_sync(0xffffffffu, y, 31);
+    gam[lane] = x;
+    gam[lane + 32] = y;
+    decay[lane] = exp2f(x);
+    decay[lane + 32] = exp2f(y);
+    decay[kChunk + lane] = exp2f(last - x);
+    decay[kChunk + lane + 32] = exp2f(last - y);
 }
 
 /* From K K^T (first warpgroup) the triangle M in f32, from Q K^T (second) P in bf16; w: warp of the warpgroup, with 16 rows. */
@@ -1289,13 +1290,21 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
 
     const int kind = warp & 1, run = warp >> 1, ch = ((kind ? 0 : a.n_k) + kh) * kDim + lane * 4;
     uint2 raw[19];
+    const int i0 = c * kChunk + run * 16 - 3;
+    if (i0 >= 0 && i0 + 19 <= n_seq) {
+        const bf16 *row = a.proj + (int64_t)(t_seq + i0) * a.ld_proj + a.u_off + ch;
 #pragma unroll
-    for (int i = 0; i < 19; i++)
-        raw[i] = conv_in4(a, conv_state(a, s), t_seq, min(c * kChunk + run * 16 + i - 3, n_seq - 1), ch);
+        for (int i = 0; i < 19; i++, row += a.ld_proj)
+            raw[i] = *(const uint2 *)row;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 19; i++)
+            raw[i] = conv_in4(a, conv_state(a, s), t_seq, min(i0 + i, n_seq - 1), ch);
+    }
     int heads = min(2, a.ratio);
-    if (warp < heads)
-        chunk_gates(a, t_seq + c * kChunk, n, kh * a.ratio + warp, gam + warp * 64, bet + warp * 64,
-                    (float *)(rec + warp * kRec + 2 * kChunk * kChunk * 2), lane);
+    auto decay = [&](int v) { return (float *)(rec + v * kRec + 2 * kChunk * kChunk * 2); };
+    if (tid < heads * kChunk)
+        token_gates(a, t_seq + c * kChunk, tid & 63, n, kh * a.ratio + (tid >> 6), gam + tid, bet + tid);
     conv_key_head(a, raw, kq, kind, run, n, ch, lane);
     wgmma_publish();
     __syncthreads();
@@ -1309,8 +1318,11 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
     for (int ks = 0; ks < 8; ks++)
         wgmma_64x64(d, panel_step(panels(kq + wg * kTile), ks), panel_step(panels(kq), ks), ks > 0);
     wgmma_commit();
+    if (w == 3 && wg < heads)
+        sum_gates(gam + wg * 64, decay(wg), lane);
     wgmma_wait<0>();
     wgmma_hold(d);
+    __syncthreads();
 
     for (int h0 = 0; h0 < a.ratio; h0 += 2) {
         heads = min(2, a.ratio - h0);
@@ -1318,9 +1330,11 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
             if (tid == 0)
                 bulk_store_wait();
             __syncthreads();
-            if (warp < heads)
-                chunk_gates(a, t_seq + c * kChunk, n, kh * a.ratio + h0 + warp, gam + warp * 64, bet + warp * 64,
-                            (float *)(rec + warp * kRec + 2 * kChunk * kChunk * 2), lane);
+            if (tid < heads * kChunk)
+                token_gates(a, t_seq + c * kChunk, tid & 63, n, kh * a.ratio + h0 + (tid >> 6), gam + tid, bet + tid);
+            __syncthreads();
+            if (w == 3 && wg < heads)
+                sum_gates(gam + wg * 64, decay(wg), lane);
             __syncthreads();
         }
         for (int v = 0; v < heads; v++)
@@ -1354,7 +1368,7 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
         bulk_store_wait();
 }
 
-struct walk_bars { uint64_t full[kStages], empty[kStages], v_full[2], v_empty[2], o_full[2], o_empty[2], peer[2]; };
+struct walk_bars { uint64_t full[kStages], v_full[2], v_empty[2], o_full[2], o_empty[2], peer[2]; };
 
 /* What a warpgroup of `walk` needs to know. */
 struct walk {
@@ -1473,7 +1487,6 @@ __device__ __forceinline__ void walk_products(const gdn_args &a, const walk &k)
         wgmma_commit();
         wgmma_wait<1>();
         wgmma_hold(st);
-        const int here = at;
         const bool more = c + 1 < k.n_chunks;
         if (more && ++at == kStages) {
             at = 0;
@@ -1486,7 +1499,6 @@ __device__ __forceinline__ void walk_products(const gdn_args &a, const walk &k)
         for (int i = 0; i < 16; i++)
             vw[i] = pack2(o[2 * i], o[2 * i + 1]);
         hand_out(k, vw, c, w, lane);
-        warp_arrive(smem_u32(&k.bars->empty[here]));
     }
     wgmma_wait<0>();
     wgmma_hold(x);
@@ -1495,98 +1507,103 @@ __device__ __forceinline__ void walk_products(const gdn_args &a, const walk &k)
         S[((i >> 2) * 8 + 2 * tq + (i & 1)) * kDim + ((i >> 1) & 1) * 8] = st[i];
 }
 
-/* Convolution of v: a warp has 16 tokens of a chunk, a lane two channels; raw values are asked for a chunk ahead. */
-__device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k)
+/* Convolution of v, every second chunk from `first`: a warp has 16 tokens of it, a lane two channels. */
+__device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k, int first, int step)
 {
     const int w = (threadIdx.x >> 5) & 3, lane = threadIdx.x & 31;
     const int ch = 2 * a.n_k * kDim + k.h * kDim + k.cb * kWalkCols + lane * 2;
-    const bf16 *u = a.proj + (int64_t)k.t0 * a.ld_proj + a.u_off + ch;
-    bf16 *rec = conv_state(a, k.s) + ch;
+    const int ld = (int)a.ld_proj;
     const float4 wa = *(const float4 *)(a.conv_w + (int64_t)ch * 4), wb = *(const float4 *)(a.conv_w + (int64_t)ch * 4 + 4);
-    auto input = [&](int i) { return *(const uint32_t *)(i >= 0 ? u + (int64_t)i * a.ld_proj : rec + (int64_t)(3 + i) * a.n_conv); };
-    uint32_t next[19];
-    auto ask = [&](int c) {
-        const int i0 = c * kChunk + w * 16 - 3;
+    auto input = [&](int i) {
+        return *(const uint32_t *)(i >= 0 ? a.proj + (int64_t)(k.t0 + i) * ld + a.u_off + ch : conv_state(a, k.s) + (int64_t)(3 + i) * a.n_conv + ch);
+    };
+    uint32_t raw[19];
+    auto ask = [&](int i0) {
         if (i0 >= 0 && i0 + 19 <= k.n) {
-            const bf16 *row = u + (int64_t)i0 * a.ld_proj;
+            const bf16 *row = a.proj + (int64_t)(k.t0 + i0) * ld + a.u_off + ch;
 #pragma unroll
-            for (int i = 0; i < 19; i++, row += a.ld_proj)
-                next[i] = *(const uint32_t *)row;
+            for (int i = 0; i < 19; i++)
+                raw[i] = *(const uint32_t *)(row + (int64_t)i * ld);
         } else {
 #pragma unroll
             for (int i = 0; i < 19; i++)
-                next[i] = input(min(i0 + i, k.n - 1));
+                raw[i] = input(min(i0 + i, k.n - 1));
         }
     };
-    ask(0);
-    for (int c = 0; c < k.n_chunks; c++) {
-        float2 h0 = unpack2(next[0]), h1 = unpack2(next[1]), h2 = unpack2(next[2]);
-        uint32_t raw[16];
-#pragma unroll
-        for (int i = 0; i < 16; i++)
-            raw[i] = next[3 + i];
-        if (c + 1 < k.n_chunks)
-            ask(c + 1);
-        mbar_wait(smem_u32(&k.bars->v_empty[c & 1]), ((c >> 1) & 1) ^ 1);
+    if (first < k.n_chunks)
+        ask(first * kChunk + w * 16 - 3);
+    for (int c = first; c < k.n_chunks; c += step) {
         const uint32_t to = k.v + (c & 1) * kColTile + (lane & 3) * 4;
+        mbar_wait(smem_u32(&k.bars->v_empty[c & 1]), ((c >> 1) & 1) ^ 1);
+        /* The values of chunk c - 2 have been taken, so the products of chunk c - 3 are done and its stage is free. */
+        if (w == 0 && lane == 0) {
+            const int at = c % kStages;
+            const uint32_t full = smem_u32(&k.bars->full[at]), stage = k.stage + at * kStage;
+            mbar_expect(full, kKQ + kRec);
+            bulk_load(stage, a.kq + ((k.id0 + c) * a.n_k + k.kh) * kKQ, kKQ, full);
+            bulk_load(stage + kKQ, a.rec + ((k.id0 + c) * a.n_v + k.h) * kRec, kRec, full);
+        }
+        /* v and z of chunk c + 4: two warps each, a row per lane. */
+        if (const int i = (c + 4) * kChunk + (w & 1) * 32 + lane; i < k.n)
+            l2_prefetch(a.proj + (int64_t)(k.t0 + i) * a.ld_proj + k.h * kDim + k.cb * kWalkCols + (w < 2 ? a.u_off + 2 * a.n_k * kDim : a.z_off));
+        float2 h0 = unpack2(raw[0]), h1 = unpack2(raw[1]), h2 = unpack2(raw[2]);
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            const float2 x = unpack2(raw[i]);
+            const float2 x = unpack2(raw[3 + i]);
             const float y0 = silu_fast(wa.x * h0.x + wa.y * h1.x + wa.z * h2.x + wa.w * x.x);
             const float y1 = silu_fast(wb.x * h0.y + wb.y * h1.y + wb.z * h2.y + wb.w * x.y);
             h0 = h1;
             h1 = h2;
             h2 = x;
-            asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + at64(w * 16 + i, lane >> 2)), "r"(c * kChunk + w * 16 + i < k.n ? pack2(y0, y1) : 0u) : "memory");
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + at64(w * 16 + i, lane >> 2)), "r"(pack2(y0, y1)) : "memory");
         }
+        for (int i = max(k.n - c * kChunk - w * 16, 0); i < 16; i++)        /* tokens past the end */
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + at64(w * 16 + i, lane >> 2)), "r"(0) : "memory");
         warp_arrive(smem_u32(&k.bars->v_full[c & 1]));
+        if (c + step < k.n_chunks)
+            ask((c + step) * kChunk + w * 16 - 3);
     }
-    if (w == 0) {       /* the only warp that read the state; these channels are this block's alone */
+    if (first == 0 && w == 0) {         /* the only warp that read the state; these channels are this block's alone */
         uint32_t r[3];
 #pragma unroll
         for (int i = 0; i < 3; i++)
             r[i] = input(k.n - 3 + i);
 #pragma unroll
         for (int i = 0; i < 3; i++)
-            *(uint32_t *)(rec + (int64_t)i * a.n_conv) = r[i];
+            *(uint32_t *)(conv_state(a, k.s) + (int64_t)i * a.n_conv + ch) = r[i];
     }
 }
 
-/* Norm and gate: 8 threads have a token's 64 columns, the sum of squares of the other 64 comes from the other block. */
-__device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k)
+/* Norm and gate of every second chunk: 8 threads have a token's 64 columns, the other block sums the squares of the other 64. */
+__device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k, int first)
 {
     const int tid = threadIdx.x & 127, piece = tid & 7, row0 = tid >> 3;
-    const int64_t col = k.h * kDim + k.cb * kWalkCols + piece * 8;
+    const int col = k.h * kDim + k.cb * kWalkCols + piece * 8, ld = (int)a.ld_proj, ld_out = (int)a.ld_out;
     const float4 *w4 = (const float4 *)(a.norm_w + k.cb * kWalkCols + piece * 8);
     const float4 wa = w4[0], wb = w4[1];
     const float wn[8] = { wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w };
-    const bf16 *z = a.proj + (int64_t)k.t0 * a.ld_proj + a.z_off + col;
-    bf16 *out = a.out + (int64_t)k.t0 * a.ld_out + col;
+    const uint32_t sums = smem_u32(k.sums) + (first * kChunk + row0 * 4) * 4, peer = smem_u32(&k.bars->peer[first]);
     uint32_t far_sums, far_peer;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far_sums) : "r"(smem_u32(k.sums)), "r"(k.cb ^ 1));
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far_peer) : "r"(smem_u32(k.bars->peer)), "r"(k.cb ^ 1));
-    uint4 next[4];
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far_sums) : "r"(sums), "r"(k.cb ^ 1));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far_peer) : "r"(peer), "r"(k.cb ^ 1));
+    const uint32_t from = k.o + first * kColTile + at64(row0, piece);
+    uint4 zv[4];
     auto ask = [&](int c) {
+        const bf16 *row = a.proj + (int64_t)(k.t0 + c * kChunk + row0) * ld + a.z_off + col;
 #pragma unroll
         for (int p = 0; p < 4; p++)
-            next[p] = *(const uint4 *)(z + (int64_t)min(c * kChunk + p * 16 + row0, k.n - 1) * a.ld_proj);
+            zv[p] = c * kChunk + p * 16 + row0 < k.n ? *(const uint4 *)(row + (int64_t)p * 16 * ld) : make_uint4(0, 0, 0, 0);
     };
-    ask(0);
-    for (int c = 0; c < k.n_chunks; c++) {
-        uint4 zv[4], ov[4];
+    ask(first);
+    for (int c = first; c < k.n_chunks; c += 2) {
+        uint4 ov[4];
         float ss[4];
-#pragma unroll
-        for (int p = 0; p < 4; p++)
-            zv[p] = next[p];
-        if (c + 1 < k.n_chunks)
-            ask(c + 1);
-        mbar_wait(smem_u32(&k.bars->o_full[c & 1]), (c >> 1) & 1);
-        const uint32_t from = k.o + (c & 1) * kColTile;
+        mbar_wait(smem_u32(&k.bars->o_full[first]), (c >> 1) & 1);
 #pragma unroll
         for (int p = 0; p < 4; p++)
             asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(ov[p].x), "=r"(ov[p].y), "=r"(ov[p].z), "=r"(ov[p].w)
-                         : "r"(from + at64(p * 16 + row0, piece)));
-        warp_arrive(smem_u32(&k.bars->o_empty[c & 1]));
+                         : "r"(from + p * 16 * 128));
+        warp_arrive(smem_u32(&k.bars->o_empty[first]));
 #pragma unroll
         for (int p = 0; p < 4; p++) {
             float2 f = unpack2(ov[p].x), f1 = unpack2(ov[p].y), f2 = unpack2(ov[p].z), f3 = unpack2(ov[p].w);
@@ -1599,23 +1616,20 @@ __device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k)
                 ss[p] += __shfl_xor_sync(0xffffffffu, ss[p], d);
         /* Stores that complete a transaction: an arrival that releases would wait for all stores of outputs before it. */
         if (tid == 0)
-            mbar_expect(smem_u32(&k.bars->peer[c & 1]), kChunk * 4);
+            mbar_expect(peer, kChunk * 4);
         if (piece == 0)
             asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
-                         ::"r"(far_sums + ((c & 1) * kChunk + row0 * 4) * 4), "f"(ss[0]), "f"(ss[1]), "f"(ss[2]), "f"(ss[3]),
-                           "r"(far_peer + (c & 1) * 8) : "memory");
-        mbar_wait(smem_u32(&k.bars->peer[c & 1]), (c >> 1) & 1);
-        float4 far;
-        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(far.x), "=f"(far.y), "=f"(far.z), "=f"(far.w)
-                     : "r"(smem_u32(k.sums) + ((c & 1) * kChunk + row0 * 4) * 4));
-        ss[0] += far.x;
-        ss[1] += far.y;
-        ss[2] += far.z;
-        ss[3] += far.w;
+                         ::"r"(far_sums), "f"(ss[0]), "f"(ss[1]), "f"(ss[2]), "f"(ss[3]), "r"(far_peer) : "memory");
+        mbar_wait(peer, (c >> 1) & 1);
+        float far[4];
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(far[0]), "=f"(far[1]), "=f"(far[2]), "=f"(far[3]) : "r"(sums));
+        bf16 *row = a.out + (int64_t)(k.t0 + c * kChunk + row0) * ld_out + col;
 #pragma unroll
         for (int p = 0; p < 4; p++) {
-            const int i = c * kChunk + p * 16 + row0;
-            const float rho = rsqrtf(ss[p] * (1.f / kDim) + a.eps);
+            float rho;
+            asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(rho) : "f"((ss[p] + far[p]) * (1.f / kDim) + a.eps));
+            /* One row after another: all of silu(z) ahead of the wait would not fit into the registers. */
+            asm volatile("" : "+r"(zv[p].x), "+r"(zv[p].y), "+r"(zv[p].z), "+r"(zv[p].w));
             const uint32_t op[4] = { ov[p].x, ov[p].y, ov[p].z, ov[p].w }, zp[4] = { zv[p].x, zv[p].y, zv[p].z, zv[p].w };
             uint32_t r[4];
 #pragma unroll
@@ -1623,48 +1637,25 @@ __device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k)
                 const float2 f = unpack2(op[e]), zz = unpack2(zp[e]);
                 r[e] = pack2(f.x * rho * wn[2 * e] * silu_fast(zz.x), f.y * rho * wn[2 * e + 1] * silu_fast(zz.y));
             }
-            if (i < k.n)
-                *(uint4 *)(out + (int64_t)i * a.ld_out) = make_uint4(r[0], r[1], r[2], r[3]);
+            if (c * kChunk + p * 16 + row0 < k.n)
+                *(uint4 *)(row + (int64_t)p * 16 * ld_out) = make_uint4(r[0], r[1], r[2], r[3]);
         }
+        ask(c + 2);
     }
 }
 
-/* Loads: warp 0 the tiles, warp 1 asks for v and z ahead of their use, warp 2 moves the convolution state of q or k on. */
-__device__ __forceinline__ void walk_loads(const gdn_args &a, const walk &k)
+/* Moves the convolution state of the key head's q or k on; one warp, since the kernel before has read it. */
+__device__ __forceinline__ void move_conv_state(const gdn_args &a, const walk &k, int lane)
 {
-    const int warp = (threadIdx.x >> 5) & 3, lane = threadIdx.x & 31;
-    if (warp < 2) {
-        const unsigned char *kq = a.kq + (k.id0 * a.n_k + k.kh) * kKQ, *rec = a.rec + (k.id0 * a.n_v + k.h) * kRec;
-        for (int c = 0, at = 0, phase = 1; c < k.n_chunks; c++) {
-            mbar_wait(smem_u32(&k.bars->empty[at]), phase);
-            const uint32_t full = smem_u32(&k.bars->full[at]), to = k.stage + at * kStage;
-            if (warp == 1) {
-                for (int i = (c + 2) * kChunk + lane; i < min((c + 3) * kChunk, k.n); i += 32) {
-                    const bf16 *row = a.proj + (int64_t)(k.t0 + i) * a.ld_proj + k.h * kDim + k.cb * kWalkCols;
-                    l2_prefetch(row + a.u_off + 2 * a.n_k * kDim);
-                    l2_prefetch(row + a.z_off);
-                }
-            } else if (lane == 0) {
-                mbar_expect(full, kKQ + kRec);
-                bulk_load(to, kq + (int64_t)c * a.n_k * kKQ, kKQ, full);
-                bulk_load(to + kKQ, rec + (int64_t)c * a.n_v * kRec, kRec, full);
-            }
-            if (++at == kStages) {
-                at = 0;
-                phase ^= 1;
-            }
-        }
-    } else if (warp == 2 && k.h % a.ratio == 0) {
-        bf16 *rec = conv_state(a, k.s);
-        const int ch = (k.cb * a.n_k + k.kh) * kDim + lane * 4;
-        uint2 r[3];
+    bf16 *rec = conv_state(a, k.s);
+    const int ch = (k.cb * a.n_k + k.kh) * kDim + lane * 4;
+    uint2 r[3];
 #pragma unroll
-        for (int i = 0; i < 3; i++)
-            r[i] = conv_in4(a, rec, k.t0, k.n - 3 + i, ch);
+    for (int i = 0; i < 3; i++)
+        r[i] = conv_in4(a, rec, k.t0, k.n - 3 + i, ch);
 #pragma unroll
-        for (int i = 0; i < 3; i++)
-            *(uint2 *)(rec + (int64_t)i * a.n_conv + ch) = r[i];
-    }
+    for (int i = 0; i < 3; i++)
+        *(uint2 *)(rec + (int64_t)i * a.n_conv + ch) = r[i];
 }
 
 __device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *smem, walk_bars *bars, float *sums)
@@ -1686,10 +1677,8 @@ __device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *sme
     k.bars = bars;
     k.sums = sums;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; i++) {
+        for (int i = 0; i < kStages; i++)
             mbar_init(smem_u32(&bars->full[i]), 1);
-            mbar_init(smem_u32(&bars->empty[i]), 4);
-        }
         for (int i = 0; i < 2; i++) {
             mbar_init(smem_u32(&bars->v_full[i]), 4);
             mbar_init(smem_u32(&bars->v_empty[i]), 4);
@@ -1700,20 +1689,19 @@ __device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *sme
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    /* Registers: 240 + 112 + 112 + 40 of the 512 that four threads of a multiprocessor's 512 have. */
+    /* Registers: 224 + 4 * 64 make the 480 of five warpgroups of 96. */
     const int role = threadIdx.x >> 7;
     if (role == 0) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
         walk_products(a, k);
     } else if (role == 1) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 112;");
-        walk_values(a, k);
-    } else if (role == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 112;");
-        walk_gate(a, k);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 96;");
+        walk_values(a, k, 0, 1);
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        walk_loads(a, k);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 96;");
+        walk_gate(a, k, role - 2);
+        if (threadIdx.x < 2 * 128 + 32 && k.h % a.ratio == 0)
+            move_conv_state(a, k, threadIdx.x & 31);
     }
 }
 
