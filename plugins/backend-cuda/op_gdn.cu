@@ -1047,14 +1047,15 @@ __global__ void __launch_bounds__(256) gate_kernel(const gdn_args a)
  * The same chunks in two kernels, for machines with warpgroup products and bulk copies:
  *   tile   per chunk and key head: convolution of q and k, A = (I + M)^-1 diag(beta), P. Written as the tiles that `walk` reads.
  *   walk   per (sequence, head, 64 value columns), chunk after chunk: R = V - e^gamma K S, Vn = A R, O = e^gamma Q S + P Vn,
- *          S' = e^Gamma S + K^T (e^(Gamma - gamma) Vn). Its warpgroups: one for the products, two for loads and the
- *          convolution of v, two for the gated norm.
+ *          S' = e^Gamma S + K^T (e^(Gamma - gamma) Vn). Its warpgroups: state (R, Vn, S'),
+ *          outputs (O), convolution of v, and two for the gated norm.
  * What passes between them is K and Q [2][64][128] and A and P [2][64][64], bf16 in swizzled panels, and the two decays in f32.
  */
 const int kKQ = 2 * kTile, kRec = 2 * kChunk * kChunk * 2 + 2 * kChunk * 4;
 const int kWalkCols = 64, kStages = 3, kStage = (kKQ + kRec + 1023) / 1024 * 1024, kColTile = kChunk * kWalkCols * 2;
-const int kWalkSmem = 1024 + kStages * kStage + 4 * kColTile, kWalkThreads = 512;
-const int kTileSmem = 1024 + kKQ + 2 * kRec + 2 * kChunk * kLd * 4 + 4 * kChunk * 4;
+const int kWalkSmem = 1024 + kStages * kStage + 5 * kColTile + kTile, kWalkThreads = 640;
+const int kTileSmem = 1024 + kKQ + 2 * kChunk * kLd * 4 + 8 * kChunk * 4;
+static_assert((kChunk + 3) * 2 * kDim * 2 <= 2 * kChunk * kLd * 4, "q and k before the convolution lie in the place of the triangles");
 
 size_t tile_scratch(const gdn_args *a, int n_tokens)
 {
@@ -1115,9 +1116,9 @@ __device__ __forceinline__ float silu_fast(float x)
     return x * r;
 }
 
-__device__ __forceinline__ void stsm4t(uint32_t addr, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
+__device__ __forceinline__ void stsm4(uint32_t addr, const uint32_t *r)
 {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
 /* d (+)= A B: A 64 x 16 in registers, B^T 64 x 16 in shared memory with the inner dimension contiguous. */
@@ -1160,7 +1161,7 @@ __device__ __forceinline__ uint64_t panels(uint32_t base) { return wgmma_desc(ba
 __device__ __forceinline__ uint64_t panel_step(uint64_t p, int ks) { return p + (((ks >> 2) * (kChunk * 128) + (ks & 3) * 32) >> 4); }
 __device__ __forceinline__ uint64_t panel_rows(uint64_t p, int ks) { return p + (ks * 16 * 128 >> 4); }
 
-template <int HALF> __device__ __forceinline__ void fold(float (&v)[16], bool up)
+template <int HALF> __device__ __forceinline__ void fold(float (&v)[8], bool up)
 {
 #pragma unroll
     for (int i = 0; i < HALF; i++) {
@@ -1170,53 +1171,76 @@ template <int HALF> __device__ __forceinline__ void fold(float (&v)[16], bool up
     }
 }
 
-/* Sums over the warp of 16 values at once; lane l gets that of value l & 15. */
-__device__ __forceinline__ float warp_sum16(float (&v)[16], int lane)
+/* Sums over the warp of 8 values at once; lane l gets that of value l & 7. */
+__device__ __forceinline__ float warp_sum8(float (&v)[8], int lane)
 {
-    fold<8>(v, lane & 8);
     fold<4>(v, lane & 4);
     fold<2>(v, lane & 2);
     fold<1>(v, lane & 1);
+    v[0] += __shfl_xor_sync(0xffffffffu, v[0], 8);
     return v[0] + __shfl_xor_sync(0xffffffffu, v[0], 16);
 }
 
-/* Convolution of q (odd warps) and k (even warps) of the block's key head, to the panels at kq; a warp has 16 tokens, a lane 4 channels. */
-__device__ __forceinline__ void conv_key_head(const gdn_args &a, const uint2 *raw, uint32_t kq, int kind, int run, int n, int c, int lane)
+/* q and k of the key head before the convolution, [67][2][128], from three tokens before the chunk on. */
+__device__ __forceinline__ void load_raw(const gdn_args &a, uint32_t dst, int s, int t_seq, int first, int n_seq, int kh, int tid)
 {
-    float h0[4], h1[4], h2[4], ss[16];
-    uint2 y[16];
+    const int piece = tid & 31, ch = ((piece >> 4 ? a.n_k : 0) + kh) * kDim + (piece & 15) * 8;
+#pragma unroll
+    for (int j = 0; j < 9; j++) {
+        const int r = (tid >> 5) + j * 8, i = min(first + r - 3, n_seq - 1);
+        if (r < kChunk + 3)
+            cp16(dst + r * 512 + piece * 16,
+                 i >= 0 ? a.proj + (int64_t)(t_seq + i) * a.ld_proj + a.u_off + ch : conv_state(a, s) + (int64_t)(3 + i) * a.n_conv + ch, true);
+    }
+}
+
+/* Convolution of k (even warps) and q (odd warps), to the panels at kq; a warp has 16 tokens, a lane 4 channels. */
+__device__ __forceinline__ void conv_key_head(const gdn_args &a, uint32_t raw, uint32_t kq, int is_q, int run, int n, int kh, int lane)
+{
+    const int c = ((is_q ? 0 : a.n_k) + kh) * kDim + lane * 4;
+    const uint32_t from = raw + run * 16 * 512 + (is_q ^ 1) * 256 + lane * 8, to = kq + is_q * kTile + (lane & 1) * 8;
+    auto token = [&](int i, float *f) {
+        uint2 v;
+        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from + i * 512));
+        unpack4(v, f);
+    };
+    float h0[4], h1[4], h2[4];
     float4 w[4];
-    unpack4(raw[0], h0);
-    unpack4(raw[1], h1);
-    unpack4(raw[2], h2);
+    token(0, h0);
+    token(1, h1);
+    token(2, h2);
 #pragma unroll
     for (int e = 0; e < 4; e++)
         w[e] = *(const float4 *)(a.conv_w + (int64_t)(c + e) * 4);
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        float u[4], f[4];
-        unpack4(raw[3 + i], u);
+    for (int i0 = 0; i0 < 16; i0 += 8) {
+        float ss[8];
+        uint2 y[8];
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            f[e] = silu_fast(w[e].x * h0[e] + w[e].y * h1[e] + w[e].z * h2[e] + w[e].w * u[e]);
-            h0[e] = h1[e];
-            h1[e] = h2[e];
-            h2[e] = u[e];
+        for (int i = 0; i < 8; i++) {
+            float u[4], f[4];
+            token(3 + i0 + i, u);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                f[e] = silu_fast(w[e].x * h0[e] + w[e].y * h1[e] + w[e].z * h2[e] + w[e].w * u[e]);
+                h0[e] = h1[e];
+                h1[e] = h2[e];
+                h2[e] = u[e];
+            }
+            y[i] = make_uint2(pack2(f[0], f[1]), pack2(f[2], f[3]));
+            unpack4(y[i], f);
+            ss[i] = f[0] * f[0] + f[1] * f[1] + f[2] * f[2] + f[3] * f[3];
         }
-        y[i] = make_uint2(pack2(f[0], f[1]), pack2(f[2], f[3]));
-        unpack4(y[i], f);
-        ss[i] = f[0] * f[0] + f[1] * f[1] + f[2] * f[2] + f[3] * f[3];
-    }
-    const float r = rsqrtf(warp_sum16(ss, lane) + 1e-6f) * (kind == 1 ? 0.08838834764831845f : 1.f);
-    const uint32_t to = kq + kind * kTile + (lane & 1) * 8;
+        const float r = rsqrtf(warp_sum8(ss, lane) + 1e-6f) * (is_q ? 0.08838834764831845f : 1.f);
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        const int row = run * 16 + i;
-        float f[4], scale = __shfl_sync(0xffffffffu, r, i);
-        unpack4(y[i], f);
-        scale = row < n ? scale : 0.f;
-        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to + panel_at<kChunk>(row, lane >> 1)), "r"(pack2(f[0] * scale, f[1] * scale)),
-                     "r"(pack2(f[2] * scale, f[3] * scale)) : "memory");
+        for (int i = 0; i < 8; i++) {
+            const int row = run * 16 + i0 + i;
+            float f[4], scale = __shfl_sync(0xffffffffu, r, i);
+            unpack4(y[i], f);
+            scale = row < n ? scale : 0.f;
+            asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to + panel_at<kChunk>(row, lane >> 1)), "r"(pack2(f[0] * scale, f[1] * scale)),
+                         "r"(pack2(f[2] * scale, f[3] * scale)) : "memory");
+        }
     }
 }
 
@@ -1276,7 +1300,10 @@ __device__ __forceinline__ void mask_products(const float (&d)[32], bool is_p, f
     }
 }
 
-/* Block (key head, chunk, sequence), two warpgroups; two value heads at a time, a warpgroup each where not said otherwise. */
+/*
+ * Block (key head, chunk, sequence), two warpgroups; two value heads at a time. Shared memory is used twice, so that three blocks fit a
+ * multiprocessor: what goes to the convolution lies where the triangles will be, and P and A of the heads go over K and Q.
+ */
 __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *smem)
 {
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, kh = blockIdx.x, c = blockIdx.y, s = a.seq0 + blockIdx.z;
@@ -1285,27 +1312,18 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
         return;
     const int64_t id = chunk_id(a, s, c);
     const uint32_t kq = smem_u32(smem);
-    unsigned char *rec = smem + kKQ;
-    float *tri = (float *)(rec + 2 * kRec), *gam = tri + 2 * kChunk * kLd, *bet = gam + 2 * kChunk;
+    float *tri = (float *)(smem + kKQ), *gam = tri + 2 * kChunk * kLd, *bet = gam + 2 * kChunk, *decay = bet + 2 * kChunk;
+    const int half = kChunk * kChunk * 2;       /* bytes of P or A */
+    unsigned char *p = smem, *am = smem + 2 * half;
 
-    const int kind = warp & 1, run = warp >> 1, ch = ((kind ? 0 : a.n_k) + kh) * kDim + lane * 4;
-    uint2 raw[19];
-    const int i0 = c * kChunk + run * 16 - 3;
-    if (i0 >= 0 && i0 + 19 <= n_seq) {
-        const bf16 *row = a.proj + (int64_t)(t_seq + i0) * a.ld_proj + a.u_off + ch;
-#pragma unroll
-        for (int i = 0; i < 19; i++, row += a.ld_proj)
-            raw[i] = *(const uint2 *)row;
-    } else {
-#pragma unroll
-        for (int i = 0; i < 19; i++)
-            raw[i] = conv_in4(a, conv_state(a, s), t_seq, min(i0 + i, n_seq - 1), ch);
-    }
+    load_raw(a, smem_u32(tri), s, t_seq, c * kChunk, n_seq, kh, tid);
+    cp_commit();
     int heads = min(2, a.ratio);
-    auto decay = [&](int v) { return (float *)(rec + v * kRec + 2 * kChunk * kChunk * 2); };
     if (tid < heads * kChunk)
         token_gates(a, t_seq + c * kChunk, tid & 63, n, kh * a.ratio + (tid >> 6), gam + tid, bet + tid);
-    conv_key_head(a, raw, kq, kind, run, n, ch, lane);
+    cp_wait<0>();
+    __syncthreads();
+    conv_key_head(a, smem_u32(tri), kq, warp & 1, warp >> 1, n, kh, lane);
     wgmma_publish();
     __syncthreads();
     if (tid == 0)
@@ -1319,31 +1337,32 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
         wgmma_64x64(d, panel_step(panels(kq + wg * kTile), ks), panel_step(panels(kq), ks), ks > 0);
     wgmma_commit();
     if (w == 3 && wg < heads)
-        sum_gates(gam + wg * 64, decay(wg), lane);
+        sum_gates(gam + wg * 64, decay + wg * 2 * kChunk, lane);
     wgmma_wait<0>();
     wgmma_hold(d);
+    if (tid == 0)
+        bulk_store_wait();
     __syncthreads();
 
     for (int h0 = 0; h0 < a.ratio; h0 += 2) {
         heads = min(2, a.ratio - h0);
         if (h0 > 0) {
-            if (tid == 0)
+            if (tid < 2)
                 bulk_store_wait();
             __syncthreads();
             if (tid < heads * kChunk)
                 token_gates(a, t_seq + c * kChunk, tid & 63, n, kh * a.ratio + h0 + (tid >> 6), gam + tid, bet + tid);
             __syncthreads();
             if (w == 3 && wg < heads)
-                sum_gates(gam + wg * 64, decay(wg), lane);
+                sum_gates(gam + wg * 64, decay + wg * 2 * kChunk, lane);
             __syncthreads();
         }
         for (int v = 0; v < heads; v++)
-            mask_products(d, wg == 1, tri + v * kChunk * kLd, rec + v * kRec + kChunk * kChunk * 2, gam + v * 64, bet + v * 64, w, lane);
+            mask_products(d, wg == 1, tri + v * kChunk * kLd, p + v * half, gam + v * 64, bet + v * 64, w, lane);
         __syncthreads();
         float *A = tri + wg * kChunk * kLd;
         invert_triangle(A, A + 32, w, lane, wg < heads);
         if (wg < heads) {
-            unsigned char *to = rec + wg * kRec;
             const int piece = tid & 7;
             const float *be = bet + wg * 64 + piece * 8;
 #pragma unroll
@@ -1356,88 +1375,86 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
                     float2 x = *(const float2 *)(A + row * kLd + col), b = *(const float2 *)(be + 2 * e);
                     r[e] = pack2(col <= row ? x.x * b.x : 0.f, col < row ? x.y * b.y : 0.f);
                 }
-                *(uint4 *)(to + at64(row, piece)) = make_uint4(r[0], r[1], r[2], r[3]);
+                *(uint4 *)(am + wg * half + at64(row, piece)) = make_uint4(r[0], r[1], r[2], r[3]);
             }
         }
         wgmma_publish();
         __syncthreads();
-        if (tid == 0)
-            bulk_store(a.rec + (id * a.n_v + kh * a.ratio + h0) * kRec, kq + kKQ, heads * kRec);
+        if (tid < heads) {
+            unsigned char *rec = a.rec + (id * a.n_v + kh * a.ratio + h0 + tid) * kRec;
+            bulk_store(rec, smem_u32(am) + tid * half, half);
+            bulk_store(rec + half, smem_u32(p) + tid * half, half);
+            bulk_store(rec + 2 * half, smem_u32(decay) + tid * 2 * kChunk * 4, 2 * kChunk * 4);
+        }
     }
-    if (tid == 0)
+    if (tid < 2)
         bulk_store_wait();
 }
 
-struct walk_bars { uint64_t full[kStages], v_full[2], v_empty[2], o_full[2], o_empty[2], peer[2]; };
+struct walk_bars { uint64_t full[kStages], empty[kStages], v_full[2], v_empty[2], o_full[2], o_empty[2], s_full, s_empty, d_full, d_empty, peer[2]; };
 
 /* What a warpgroup of `walk` needs to know. */
 struct walk {
     int s, h, kh, cb, t0, n, n_chunks;
     int64_t id0;
-    uint32_t stage, v, o;           /* shared memory */
+    uint32_t stage, v, o, state, delta;         /* shared memory; v and o twice; S^T and Vn^T of the present chunk, bf16 */
     walk_bars *bars;
     float *sums;                    /* [2][16][4]: the other block's sums of squares; tokens 16 apart are neighbours */
 };
 
-/* Outputs of a chunk, tokens along the rows, to the gated norm. */
-__device__ __forceinline__ void hand_out(const walk &k, const uint32_t *o, int c, int w, int lane)
-{
-    mbar_wait(smem_u32(&k.bars->o_empty[c & 1]), ((c >> 1) & 1) ^ 1);
-    const uint32_t to = k.o + (c & 1) * kColTile;
-#pragma unroll
-    for (int j = 0; j < 8; j += 2)
-        stsm4t(to + at64((j + (lane >> 4)) * 8 + (lane & 7), w * 2 + ((lane >> 3) & 1)), o[2 * j], o[2 * j + 1], o[2 * j + 2], o[2 * j + 3]);
-    warp_arrive(smem_u32(&k.bars->o_full[c & 1]));
-}
-
 /*
- * S^T [64 values][128 keys] is the accumulator. Products with Q wait in the queue behind those that the next product needs, and run
- * while registers are turned into its operand; outputs of a chunk are taken out while the next chunk's K S runs.
+ * The serial part, which sets the pace: S^T [64 values][128 keys] is the accumulator, and operands come from registers. Issuing such
+ * products takes as long as running them, so other work of these warps stands between the products of a row.
  */
-__device__ __forceinline__ void walk_products(const gdn_args &a, const walk &k)
+__device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
 {
     const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31, g = lane >> 2, tq = lane & 3;
+    /* A lane's row in the tiles of 8 x 8 that it stores or loads four at a time: rows 0 .. 7 and 8 .. 15, then the next columns. */
+    const int row = w * 16 + ((lane >> 3) & 1) * 8 + (lane & 7), right = lane >> 4;
     float *S = s_state(a, k.s, k.h) + k.cb * kWalkCols + w * 16 + g;
-    float st[64], x[32], o[32];
+    float st[64], x[32];
+    uint32_t sb[32], r[16], vw[16];
 #pragma unroll
     for (int i = 0; i < 64; i++)
         st[i] = S[((i >> 2) * 8 + 2 * tq + (i & 1)) * kDim + ((i >> 1) & 1) * 8];
-    uint32_t sb[32];
-    /* S becomes the operand of K S with the keys in stage `at`, and then what that chunk leaves of it. */
-    auto ask_state = [&](int at, int phase, bool more) {
+    /* S becomes the operand of K S of chunk c and of the outputs' Q S, and then what that chunk leaves of it. */
+    auto ask_state = [&](int c, int at, int phase, bool more) {
         const uint32_t k_s = k.stage + at * kStage;
         float last = 1.f;
         if (more) {
+            mbar_wait(smem_u32(&k.bars->v_full[c & 1]), (c >> 1) & 1);
+#pragma unroll
+            for (int j = 0; j < 8; j += 2)
+                ldsm4t(vw + 2 * j, k.v + (c & 1) * kColTile + at64((j + right) * 8 + (lane & 7), w * 2 + ((lane >> 3) & 1)));
+            warp_arrive(smem_u32(&k.bars->v_empty[c & 1]));
             mbar_wait(smem_u32(&k.bars->full[at]), phase);
             asm volatile("ld.shared.f32 %0, [%1];" : "=f"(last) : "r"(k_s + kKQ + 2 * kChunk * kChunk * 2 + (kChunk - 1) * 4));
         }
 #pragma unroll
         for (int i = 0; i < 32; i++)
             sb[i] = pack2(st[2 * i], st[2 * i + 1]);
+        mbar_wait(smem_u32(&k.bars->s_empty), (c & 1) ^ 1);
         wgmma_fence();
 #pragma unroll
-        for (int ks = 0; ks < 8; ks++)
+        for (int ks = 0; ks < 8; ks++) {
             wgmma_reg_64x64(x, sb + 4 * ks, panel_step(panels(k_s), ks), ks > 0);
+            stsm4(k.state + panel_at<kChunk>(row, 2 * ks + right), sb + 4 * ks);
+        }
         wgmma_commit();
+        wgmma_publish();
+        warp_arrive(smem_u32(&k.bars->s_full));
 #pragma unroll
         for (int i = 0; i < 64; i++)
             st[i] *= last;
     };
-    ask_state(0, 0, true);
+    ask_state(0, 0, 0, true);
     for (int c = 0, at = 0, phase = 0; c < k.n_chunks; c++) {
-        const uint32_t k_s = k.stage + at * kStage, q_s = k_s + kTile, a_s = q_s + kTile, p_s = a_s + kChunk * kChunk * 2;
-        const uint32_t eg_s = p_s + kChunk * kChunk * 2 + 8 * tq, v_s = k.v + (c & 1) * kColTile;
+        const uint32_t k_s = k.stage + at * kStage, a_s = k_s + kKQ, eg_s = a_s + 2 * kChunk * kChunk * 2 + 8 * tq;
         auto decay2 = [&](int j, int which) {
             float2 e;
             asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(e.x), "=f"(e.y) : "r"(eg_s + which * kChunk * 4 + j * 32));
             return e;
         };
-        uint32_t r[16], vw[16];
-        mbar_wait(smem_u32(&k.bars->v_full[c & 1]), (c >> 1) & 1);
-#pragma unroll
-        for (int j = 0; j < 8; j += 2)
-            ldsm4t(vw + 2 * j, v_s + at64((j + (lane >> 4)) * 8 + (lane & 7), w * 2 + ((lane >> 3) & 1)));
-        warp_arrive(smem_u32(&k.bars->v_empty[c & 1]));
         wgmma_wait<0>();
         wgmma_hold(x);
 #pragma unroll
@@ -1451,54 +1468,35 @@ __device__ __forceinline__ void walk_products(const gdn_args &a, const walk &k)
         for (int ks = 0; ks < 4; ks++)
             wgmma_reg_64x64(x, r + 4 * ks, panel_step(panels(a_s), ks), ks > 0);
         wgmma_commit();
-#pragma unroll
-        for (int ks = 0; ks < 8; ks++)
-            wgmma_reg_64x64(o, sb + 4 * ks, panel_step(panels(q_s), ks), ks > 0);
-        wgmma_commit();
-        wgmma_wait<1>();
+        wgmma_wait<0>();
         wgmma_hold(x);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float2 e = decay2(j, 1);
             r[2 * j] = pack2(e.x * x[4 * j], e.y * x[4 * j + 1]);
             r[2 * j + 1] = pack2(e.x * x[4 * j + 2], e.y * x[4 * j + 3]);
-        }
-        wgmma_fence();
-#pragma unroll
-        for (int ks = 0; ks < 4; ks++)
-            wgmma_64x128(st, r + 4 * ks, panel_rows(panels(k_s), ks));
-        wgmma_commit();
-        wgmma_wait<1>();
-        wgmma_hold(o);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float2 e = decay2(j, 0);
-            o[4 * j] *= e.x;
-            o[4 * j + 1] *= e.y;
-            o[4 * j + 2] *= e.x;
-            o[4 * j + 3] *= e.y;
             vw[2 * j] = pack2(x[4 * j], x[4 * j + 1]);
             vw[2 * j + 1] = pack2(x[4 * j + 2], x[4 * j + 3]);
         }
+        mbar_wait(smem_u32(&k.bars->d_empty), (c & 1) ^ 1);
         wgmma_fence();
 #pragma unroll
-        for (int ks = 0; ks < 4; ks++)
-            wgmma_reg_64x64(o, vw + 4 * ks, panel_step(panels(p_s), ks), 1);
+        for (int ks = 0; ks < 4; ks++) {
+            wgmma_64x128(st, r + 4 * ks, panel_rows(panels(k_s), ks));
+            stsm4(k.delta + panel_at<kChunk>(row, 2 * ks + right), vw + 4 * ks);
+        }
         wgmma_commit();
-        wgmma_wait<1>();
+        wgmma_publish();
+        warp_arrive(smem_u32(&k.bars->d_full));
+        wgmma_wait<0>();
         wgmma_hold(st);
+        warp_arrive(smem_u32(&k.bars->empty[at]));
         const bool more = c + 1 < k.n_chunks;
         if (more && ++at == kStages) {
             at = 0;
             phase ^= 1;
         }
-        ask_state(at, phase, more);         /* after the last chunk for nothing: products under a condition would be serialized */
-        wgmma_wait<1>();
-        wgmma_hold(o);
-#pragma unroll
-        for (int i = 0; i < 16; i++)
-            vw[i] = pack2(o[2 * i], o[2 * i + 1]);
-        hand_out(k, vw, c, w, lane);
+        ask_state(c + 1, at, phase, more);      /* after the last chunk for nothing: products under a condition would be serialized */
     }
     wgmma_wait<0>();
     wgmma_hold(x);
@@ -1507,8 +1505,70 @@ __device__ __forceinline__ void walk_products(const gdn_args &a, const walk &k)
         S[((i >> 2) * 8 + 2 * tq + (i & 1)) * kDim + ((i >> 1) & 1) * 8] = st[i];
 }
 
-/* Convolution of v, every second chunk from `first`: a warp has 16 tokens of it, a lane two channels. */
-__device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k, int first, int step)
+/* Outputs, tokens along the rows: O = e^gamma Q S + P Vn. One of its threads asks for the tiles. */
+__device__ __forceinline__ void walk_outputs(const gdn_args &a, const walk &k)
+{
+    const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31;
+    const int row = w * 16 + ((lane >> 3) & 1) * 8 + (lane & 7), right = lane >> 4;
+    float o[32];
+    auto ask = [&](int c, int at) {
+        const uint32_t full = smem_u32(&k.bars->full[at]), stage = k.stage + at * kStage;
+        mbar_expect(full, kKQ + kRec);
+        bulk_load(stage, a.kq + ((k.id0 + c) * a.n_k + k.kh) * kKQ, kKQ, full);
+        bulk_load(stage + kKQ, a.rec + ((k.id0 + c) * a.n_v + k.h) * kRec, kRec, full);
+    };
+    if (tid == 0)
+        for (int c = 0; c < min(kStages, k.n_chunks); c++)
+            ask(c, c);
+    for (int c = 0, at = 0, phase = 0; c < k.n_chunks; c++) {
+        const uint32_t q_s = k.stage + at * kStage + kTile, p_s = q_s + kTile + kChunk * kChunk * 2;
+        mbar_wait(smem_u32(&k.bars->full[at]), phase);
+        float e0, e1;
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e0) : "r"(p_s + kChunk * kChunk * 2 + (w * 16 + (lane >> 2)) * 4));
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e1) : "r"(p_s + kChunk * kChunk * 2 + (w * 16 + (lane >> 2) + 8) * 4));
+        mbar_wait(smem_u32(&k.bars->s_full), c & 1);
+        wgmma_fence();
+#pragma unroll
+        for (int ks = 0; ks < 8; ks++)
+            wgmma_64x64(o, panel_step(panels(q_s), ks), panel_step(panels(k.state), ks), ks > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_hold(o);
+        warp_arrive(smem_u32(&k.bars->s_empty));
+#pragma unroll
+        for (int i = 0; i < 32; i++)
+            o[i] *= i & 2 ? e1 : e0;
+        mbar_wait(smem_u32(&k.bars->d_full), c & 1);
+        wgmma_fence();
+#pragma unroll
+        for (int ks = 0; ks < 4; ks++)
+            wgmma_64x64(o, panel_step(panels(p_s), ks), panel_step(panels(k.delta), ks), 1);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_hold(o);
+        warp_arrive(smem_u32(&k.bars->d_empty));
+        warp_arrive(smem_u32(&k.bars->empty[at]));
+        mbar_wait(smem_u32(&k.bars->o_empty[c & 1]), ((c >> 1) & 1) ^ 1);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            const uint32_t r[4] = { pack2(o[4 * j], o[4 * j + 1]), pack2(o[4 * j + 2], o[4 * j + 3]), pack2(o[4 * j + 4], o[4 * j + 5]),
+                                    pack2(o[4 * j + 6], o[4 * j + 7]) };
+            stsm4(k.o + (c & 1) * kColTile + at64(row, j + right), r);
+        }
+        warp_arrive(smem_u32(&k.bars->o_full[c & 1]));
+        if (tid == 0 && c + kStages < k.n_chunks) {
+            mbar_wait(smem_u32(&k.bars->empty[at]), phase);
+            ask(c + kStages, at);
+        }
+        if (++at == kStages) {
+            at = 0;
+            phase ^= 1;
+        }
+    }
+}
+
+/* Convolution of v: a warp has 16 tokens of a chunk, a lane two channels. */
+__device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k)
 {
     const int w = (threadIdx.x >> 5) & 3, lane = threadIdx.x & 31;
     const int ch = 2 * a.n_k * kDim + k.h * kDim + k.cb * kWalkCols + lane * 2;
@@ -1530,19 +1590,10 @@ __device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k, in
                 raw[i] = input(min(i0 + i, k.n - 1));
         }
     };
-    if (first < k.n_chunks)
-        ask(first * kChunk + w * 16 - 3);
-    for (int c = first; c < k.n_chunks; c += step) {
+    ask(w * 16 - 3);
+    for (int c = 0; c < k.n_chunks; c++) {
         const uint32_t to = k.v + (c & 1) * kColTile + (lane & 3) * 4;
         mbar_wait(smem_u32(&k.bars->v_empty[c & 1]), ((c >> 1) & 1) ^ 1);
-        /* The values of chunk c - 2 have been taken, so the products of chunk c - 3 are done and its stage is free. */
-        if (w == 0 && lane == 0) {
-            const int at = c % kStages;
-            const uint32_t full = smem_u32(&k.bars->full[at]), stage = k.stage + at * kStage;
-            mbar_expect(full, kKQ + kRec);
-            bulk_load(stage, a.kq + ((k.id0 + c) * a.n_k + k.kh) * kKQ, kKQ, full);
-            bulk_load(stage + kKQ, a.rec + ((k.id0 + c) * a.n_v + k.h) * kRec, kRec, full);
-        }
         /* v and z of chunk c + 4: two warps each, a row per lane. */
         if (const int i = (c + 4) * kChunk + (w & 1) * 32 + lane; i < k.n)
             l2_prefetch(a.proj + (int64_t)(k.t0 + i) * a.ld_proj + k.h * kDim + k.cb * kWalkCols + (w < 2 ? a.u_off + 2 * a.n_k * kDim : a.z_off));
@@ -1560,10 +1611,10 @@ __device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k, in
         for (int i = max(k.n - c * kChunk - w * 16, 0); i < 16; i++)        /* tokens past the end */
             asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + at64(w * 16 + i, lane >> 2)), "r"(0) : "memory");
         warp_arrive(smem_u32(&k.bars->v_full[c & 1]));
-        if (c + step < k.n_chunks)
-            ask((c + step) * kChunk + w * 16 - 3);
+        if (c + 1 < k.n_chunks)
+            ask((c + 1) * kChunk + w * 16 - 3);
     }
-    if (first == 0 && w == 0) {         /* the only warp that read the state; these channels are this block's alone */
+    if (w == 0) {         /* the only warp that read the state; these channels are this block's alone */
         uint32_t r[3];
 #pragma unroll
         for (int i = 0; i < 3; i++)
@@ -1674,40 +1725,52 @@ __device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *sme
     k.stage = smem_u32(smem);
     k.v = k.stage + kStages * kStage;
     k.o = k.v + 2 * kColTile;
+    k.state = k.o + 2 * kColTile;
+    k.delta = k.state + kTile;
     k.bars = bars;
     k.sums = sums;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; i++)
-            mbar_init(smem_u32(&bars->full[i]), 1);
-        for (int i = 0; i < 2; i++) {
-            mbar_init(smem_u32(&bars->v_full[i]), 4);
-            mbar_init(smem_u32(&bars->v_empty[i]), 4);
-            mbar_init(smem_u32(&bars->o_full[i]), 4);
-            mbar_init(smem_u32(&bars->o_empty[i]), 4);
-            mbar_init(smem_u32(&bars->peer[i]), 1);
+        auto init = [&](uint64_t &bar, int count) { mbar_init(smem_u32(&bar), count); };
+        for (int i = 0; i < kStages; i++) {
+            init(bars->full[i], 1);
+            init(bars->empty[i], 8);
         }
+        for (int i = 0; i < 2; i++) {
+            init(bars->v_full[i], 4);
+            init(bars->v_empty[i], 4);
+            init(bars->o_full[i], 4);
+            init(bars->o_empty[i], 4);
+            init(bars->peer[i], 1);
+        }
+        init(bars->s_full, 4);
+        init(bars->s_empty, 4);
+        init(bars->d_full, 4);
+        init(bars->d_empty, 4);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    /* Registers: 224 + 4 * 64 make the 480 of five warpgroups of 96. */
+    /* Registers: 192 + 2 * 64 + 2 * 80 make the 480 of five warpgroups of 96. */
     const int role = threadIdx.x >> 7;
     if (role == 0) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-        walk_products(a, k);
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
+        walk_state(a, k);
     } else if (role == 1) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 96;");
-        walk_values(a, k, 0, 1);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+        walk_outputs(a, k);
+    } else if (role == 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+        walk_values(a, k);
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 96;");
-        walk_gate(a, k, role - 2);
-        if (threadIdx.x < 2 * 128 + 32 && k.h % a.ratio == 0)
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
+        walk_gate(a, k, role - 3);
+        if (threadIdx.x < 3 * 128 + 32 && k.h % a.ratio == 0)
             move_conv_state(a, k, threadIdx.x & 31);
     }
 }
 
 #endif
 
-__global__ void __launch_bounds__(256, 2) tile_kernel(const gdn_args a)
+__global__ void __launch_bounds__(256, 3) tile_kernel(const gdn_args a)
 {
     extern __shared__ __align__(128) unsigned char gdn_smem[];
     pdl_launch();
