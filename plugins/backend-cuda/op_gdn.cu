@@ -1052,8 +1052,8 @@ __global__ void __launch_bounds__(256) gate_kernel(const gdn_args a)
  * What passes between them is K and Q [2][64][128] and A and P [2][64][64], bf16 in swizzled panels, and the two decays in f32.
  */
 const int kKQ = 2 * kTile, kRec = 2 * kChunk * kChunk * 2 + 2 * kChunk * 4;
-const int kWalkCols = 64, kStages = 3, kStage = (kKQ + kRec + 1023) / 1024 * 1024, kColTile = kChunk * kWalkCols * 2;
-const int kWalkSmem = 1024 + kStages * kStage + 5 * kColTile + kTile, kWalkThreads = 640;
+const int kWalkCols = 64, kStages = 3, kStage = (kKQ + kRec + 1023) / 1024 * 1024, kColTile = kChunk * kWalkCols * 2, kRawTile = (kChunk + 3) * kWalkCols * 2;
+const int kWalkSmem = 1024 + kStages * kStage + 5 * kColTile + kTile + 2 * kRawTile, kWalkThreads = 640;
 const int kTileSmem = 1024 + kKQ + 2 * kChunk * kLd * 4 + 8 * kChunk * 4;
 static_assert((kChunk + 3) * 2 * kDim * 2 <= 2 * kChunk * kLd * 4, "q and k before the convolution lie in the place of the triangles");
 
@@ -1109,11 +1109,25 @@ __device__ __forceinline__ float exp2_fast(float x)
     return r;
 }
 
-__device__ __forceinline__ float silu_fast(float x)
+/* silu of eight values, one operation on all after the other: a warp that is alone with its scheduler waits for none of them. */
+__device__ __forceinline__ void silu8(float (&x)[8])
 {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.f + exp2_fast(-1.4426950408889634f * x)));
-    return x * r;
+    float e[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        e[i] = -1.4426950408889634f * x[i];
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(e[i]));
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        e[i] += 1.f;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        asm volatile("rcp.approx.ftz.f32 %0, %0;" : "+f"(e[i]));
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        x[i] *= e[i];
 }
 
 __device__ __forceinline__ void stsm4(uint32_t addr, const uint32_t *r)
@@ -1217,19 +1231,28 @@ __device__ __forceinline__ void conv_key_head(const gdn_args &a, uint32_t raw, u
         float ss[8];
         uint2 y[8];
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float u[4], f[4];
-            token(3 + i0 + i, u);
+        for (int i = 0; i < 8; i += 2) {
+            float f[8];
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                f[e] = silu_fast(w[e].x * h0[e] + w[e].y * h1[e] + w[e].z * h2[e] + w[e].w * u[e]);
-                h0[e] = h1[e];
-                h1[e] = h2[e];
-                h2[e] = u[e];
+            for (int j = 0; j < 2; j++) {
+                float u[4];
+                token(3 + i0 + i + j, u);
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    f[4 * j + e] = w[e].x * h0[e] + w[e].y * h1[e] + w[e].z * h2[e] + w[e].w * u[e];
+                    h0[e] = h1[e];
+                    h1[e] = h2[e];
+                    h2[e] = u[e];
+                }
             }
-            y[i] = make_uint2(pack2(f[0], f[1]), pack2(f[2], f[3]));
-            unpack4(y[i], f);
-            ss[i] = f[0] * f[0] + f[1] * f[1] + f[2] * f[2] + f[3] * f[3];
+            silu8(f);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float v[4];
+                y[i + j] = make_uint2(pack2(f[4 * j], f[4 * j + 1]), pack2(f[4 * j + 2], f[4 * j + 3]));
+                unpack4(y[i + j], v);
+                ss[i + j] = v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3];
+            }
         }
         const float r = rsqrtf(warp_sum8(ss, lane) + 1e-6f) * (is_q ? 0.08838834764831845f : 1.f);
 #pragma unroll
@@ -1397,7 +1420,7 @@ struct walk_bars { uint64_t full[kStages], empty[kStages], v_full[2], v_empty[2]
 struct walk {
     int s, h, kh, cb, t0, n, n_chunks;
     int64_t id0;
-    uint32_t stage, v, o, state, delta;         /* shared memory; v and o twice; S^T and Vn^T of the present chunk, bf16 */
+    uint32_t stage, v, o, raw, state, delta;    /* shared memory; v, o, raw twice; S^T and Vn^T of the present chunk, bf16 */
     walk_bars *bars;
     float *sums;                    /* [2][16][4]: the other block's sums of squares; tokens 16 apart are neighbours */
 };
@@ -1567,61 +1590,70 @@ __device__ __forceinline__ void walk_outputs(const gdn_args &a, const walk &k)
     }
 }
 
-/* Convolution of v: a warp has 16 tokens of a chunk, a lane two channels. */
+/* Convolution of v: a warp has 16 tokens of a chunk, a lane two channels. Inputs of the next chunk are on their way meanwhile. */
 __device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k)
 {
-    const int w = (threadIdx.x >> 5) & 3, lane = threadIdx.x & 31;
-    const int ch = 2 * a.n_k * kDim + k.h * kDim + k.cb * kWalkCols + lane * 2;
-    const int ld = (int)a.ld_proj;
-    const float4 wa = *(const float4 *)(a.conv_w + (int64_t)ch * 4), wb = *(const float4 *)(a.conv_w + (int64_t)ch * 4 + 4);
+    const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31;
+    const int ch = 2 * a.n_k * kDim + k.h * kDim + k.cb * kWalkCols, ld = (int)a.ld_proj;
+    const float4 wa = *(const float4 *)(a.conv_w + (int64_t)(ch + lane * 2) * 4), wb = *(const float4 *)(a.conv_w + (int64_t)(ch + lane * 2) * 4 + 4);
     auto input = [&](int i) {
-        return *(const uint32_t *)(i >= 0 ? a.proj + (int64_t)(k.t0 + i) * ld + a.u_off + ch : conv_state(a, k.s) + (int64_t)(3 + i) * a.n_conv + ch);
+        return i >= 0 ? a.proj + (int64_t)(k.t0 + i) * ld + a.u_off + ch : conv_state(a, k.s) + (int64_t)(3 + i) * a.n_conv + ch;
     };
-    uint32_t raw[19];
-    auto ask = [&](int i0) {
-        if (i0 >= 0 && i0 + 19 <= k.n) {
-            const bf16 *row = a.proj + (int64_t)(k.t0 + i0) * ld + a.u_off + ch;
+    auto ask = [&](int c) {         /* rows of 64 channels, from three tokens before the chunk on */
 #pragma unroll
-            for (int i = 0; i < 19; i++)
-                raw[i] = *(const uint32_t *)(row + (int64_t)i * ld);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 19; i++)
-                raw[i] = input(min(i0 + i, k.n - 1));
+        for (int j = 0; j < 5; j++) {
+            const int r = j * 16 + (tid >> 3);
+            if (r < kChunk + 3)
+                cp16(k.raw + (c & 1) * kRawTile + r * 128 + (tid & 7) * 16, input(min(c * kChunk + r - 3, k.n - 1)) + (tid & 7) * 8, true);
         }
+        cp_commit();
     };
-    ask(w * 16 - 3);
+    ask(0);
     for (int c = 0; c < k.n_chunks; c++) {
-        const uint32_t to = k.v + (c & 1) * kColTile + (lane & 3) * 4;
-        mbar_wait(smem_u32(&k.bars->v_empty[c & 1]), ((c >> 1) & 1) ^ 1);
+        cp_wait<0>();
+        asm volatile("bar.sync 1, 128;" ::: "memory");       /* and all have left the other half */
+        if (c + 1 < k.n_chunks)
+            ask(c + 1);
         /* v and z of chunk c + 4: two warps each, a row per lane. */
         if (const int i = (c + 4) * kChunk + (w & 1) * 32 + lane; i < k.n)
-            l2_prefetch(a.proj + (int64_t)(k.t0 + i) * a.ld_proj + k.h * kDim + k.cb * kWalkCols + (w < 2 ? a.u_off + 2 * a.n_k * kDim : a.z_off));
-        float2 h0 = unpack2(raw[0]), h1 = unpack2(raw[1]), h2 = unpack2(raw[2]);
+            l2_prefetch(a.proj + (int64_t)(k.t0 + i) * ld + k.h * kDim + k.cb * kWalkCols + (w < 2 ? a.u_off + 2 * a.n_k * kDim : a.z_off));
+        const uint32_t from = k.raw + (c & 1) * kRawTile + w * 16 * 128 + lane * 4, to = k.v + (c & 1) * kColTile + (lane & 3) * 4;
+        auto token = [&](int i) {
+            uint32_t v;
+            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(from + i * 128));
+            return unpack2(v);
+        };
+        mbar_wait(smem_u32(&k.bars->v_empty[c & 1]), ((c >> 1) & 1) ^ 1);
+        float2 h0 = token(0), h1 = token(1), h2 = token(2);
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            const float2 x = unpack2(raw[3 + i]);
-            const float y0 = silu_fast(wa.x * h0.x + wa.y * h1.x + wa.z * h2.x + wa.w * x.x);
-            const float y1 = silu_fast(wb.x * h0.y + wb.y * h1.y + wb.z * h2.y + wb.w * x.y);
-            h0 = h1;
-            h1 = h2;
-            h2 = x;
-            asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + at64(w * 16 + i, lane >> 2)), "r"(pack2(y0, y1)) : "memory");
+        for (int i = 0; i < 16; i += 4) {
+            float y[8];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 x = token(3 + i + j);
+                y[2 * j] = wa.x * h0.x + wa.y * h1.x + wa.z * h2.x + wa.w * x.x;
+                y[2 * j + 1] = wb.x * h0.y + wb.y * h1.y + wb.z * h2.y + wb.w * x.y;
+                h0 = h1;
+                h1 = h2;
+                h2 = x;
+            }
+            silu8(y);
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + at64(w * 16 + i + j, lane >> 2)), "r"(pack2(y[2 * j], y[2 * j + 1])) : "memory");
         }
         for (int i = max(k.n - c * kChunk - w * 16, 0); i < 16; i++)        /* tokens past the end */
             asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + at64(w * 16 + i, lane >> 2)), "r"(0) : "memory");
         warp_arrive(smem_u32(&k.bars->v_full[c & 1]));
-        if (c + 1 < k.n_chunks)
-            ask((c + 1) * kChunk + w * 16 - 3);
     }
-    if (w == 0) {         /* the only warp that read the state; these channels are this block's alone */
+    if (w == 0) {         /* every reader of the state was before the first barrier; these channels are this block's alone */
         uint32_t r[3];
 #pragma unroll
         for (int i = 0; i < 3; i++)
-            r[i] = input(k.n - 3 + i);
+            r[i] = *(const uint32_t *)(input(k.n - 3 + i) + lane * 2);
 #pragma unroll
         for (int i = 0; i < 3; i++)
-            *(uint32_t *)(conv_state(a, k.s) + (int64_t)i * a.n_conv + ch) = r[i];
+            *(uint32_t *)(conv_state(a, k.s) + (int64_t)i * a.n_conv + ch + lane * 2) = r[i];
     }
 }
 
@@ -1679,14 +1711,20 @@ __device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k, int 
         for (int p = 0; p < 4; p++) {
             float rho;
             asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(rho) : "f"((ss[p] + far[p]) * (1.f / kDim) + a.eps));
-            /* One row after another: all of silu(z) ahead of the wait would not fit into the registers. */
-            asm volatile("" : "+r"(zv[p].x), "+r"(zv[p].y), "+r"(zv[p].z), "+r"(zv[p].w));
             const uint32_t op[4] = { ov[p].x, ov[p].y, ov[p].z, ov[p].w }, zp[4] = { zv[p].x, zv[p].y, zv[p].z, zv[p].w };
             uint32_t r[4];
+            float y[8];
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const float2 f = unpack2(op[e]), zz = unpack2(zp[e]);
-                r[e] = pack2(f.x * rho * wn[2 * e] * silu_fast(zz.x), f.y * rho * wn[2 * e + 1] * silu_fast(zz.y));
+                const float2 z = unpack2(zp[e]);
+                y[2 * e] = z.x;
+                y[2 * e + 1] = z.y;
+            }
+            silu8(y);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float2 f = unpack2(op[e]);
+                r[e] = pack2(f.x * rho * wn[2 * e] * y[2 * e], f.y * rho * wn[2 * e + 1] * y[2 * e + 1]);
             }
             if (c * kChunk + p * 16 + row0 < k.n)
                 *(uint4 *)(row + (int64_t)p * 16 * ld_out) = make_uint4(r[0], r[1], r[2], r[3]);
@@ -1727,6 +1765,7 @@ __device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *sme
     k.o = k.v + 2 * kColTile;
     k.state = k.o + 2 * kColTile;
     k.delta = k.state + kTile;
+    k.raw = k.delta + kColTile;
     k.bars = bars;
     k.sums = sums;
     if (threadIdx.x == 0) {
