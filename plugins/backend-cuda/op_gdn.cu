@@ -561,11 +561,19 @@ __device__ __forceinline__ void invert_diagonal(float *M, int lane)
     const int j = lane & 15;
 #pragma unroll
     for (int i = 0; i < 16; i++) {
-        float v = i == j ? 1.f : 0.f;
+        float v[4] = { i == j ? 1.f : 0.f, 0.f, 0.f, 0.f };
 #pragma unroll
-        for (int l = 0; l < i; l++)
-            v -= M[i * kLd + l] * x[l];
-        x[i] = v;
+        for (int l = 0; l < i; l += 4) {
+            const float4 m = *(const float4 *)(M + i * kLd + l);
+            v[0] -= m.x * x[l];
+            if (l + 1 < i)
+                v[1] -= m.y * x[l + 1];
+            if (l + 2 < i)
+                v[2] -= m.z * x[l + 2];
+            if (l + 3 < i)
+                v[3] -= m.w * x[l + 3];
+        }
+        x[i] = (v[0] + v[1]) + (v[2] + v[3]);
     }
     __syncwarp();
     if (lane < 16)
@@ -1198,13 +1206,23 @@ __device__ __forceinline__ float warp_sum8(float (&v)[8], int lane)
 /* q and k of the key head before the convolution, [67][2][128], from three tokens before the chunk on. */
 __device__ __forceinline__ void load_raw(const gdn_args &a, uint32_t dst, int s, int t_seq, int first, int n_seq, int kh, int tid)
 {
-    const int piece = tid & 31, ch = ((piece >> 4 ? a.n_k : 0) + kh) * kDim + (piece & 15) * 8;
+    const int piece = tid & 31, r0 = tid >> 5, i0 = first + r0 - 3, ld = (int)a.ld_proj;
+    const int ch = ((piece >> 4 ? a.n_k : 0) + kh) * kDim + (piece & 15) * 8;
+    dst += r0 * 512 + piece * 16;
+    if (first > 0 && first + kChunk <= n_seq) {
+        const bf16 *row = a.proj + (int64_t)(t_seq + i0) * ld + a.u_off + ch;
 #pragma unroll
+        for (int j = 0; j < 8; j++, row += 8 * ld)
+            cp16(dst + j * 8 * 512, row, true);
+        if (r0 < 3)
+            cp16(dst + 64 * 512, row, true);
+        return;
+    }
     for (int j = 0; j < 9; j++) {
-        const int r = (tid >> 5) + j * 8, i = min(first + r - 3, n_seq - 1);
-        if (r < kChunk + 3)
-            cp16(dst + r * 512 + piece * 16,
-                 i >= 0 ? a.proj + (int64_t)(t_seq + i) * a.ld_proj + a.u_off + ch : conv_state(a, s) + (int64_t)(3 + i) * a.n_conv + ch, true);
+        const int i = min(i0 + j * 8, n_seq - 1);
+        if (r0 + j * 8 < kChunk + 3)
+            cp16(dst + j * 8 * 512,
+                 i >= 0 ? a.proj + (int64_t)(t_seq + i) * ld + a.u_off + ch : conv_state(a, s) + (int64_t)(3 + i) * a.n_conv + ch, true);
     }
 }
 
@@ -1386,19 +1404,12 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
         float *A = tri + wg * kChunk * kLd;
         invert_triangle(A, A + 32, w, lane, wg < heads);
         if (wg < heads) {
-            const int piece = tid & 7;
-            const float *be = bet + wg * 64 + piece * 8;
+            const float2 be = *(const float2 *)(bet + wg * 64 + 2 * lane);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int row = i * 16 + ((tid & 127) >> 3);
-                uint32_t r[4];
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int col = piece * 8 + 2 * e;
-                    float2 x = *(const float2 *)(A + row * kLd + col), b = *(const float2 *)(be + 2 * e);
-                    r[e] = pack2(col <= row ? x.x * b.x : 0.f, col < row ? x.y * b.y : 0.f);
-                }
-                *(uint4 *)(am + wg * half + at64(row, piece)) = make_uint4(r[0], r[1], r[2], r[3]);
+            for (int i = 0; i < 16; i++) {
+                const int row = w * 16 + i, col = 2 * lane;
+                const float2 x = *(const float2 *)(A + row * kLd + col);
+                *(uint32_t *)(am + wg * half + at64(row, lane >> 2) + (lane & 3) * 4) = pack2(col <= row ? x.x * be.x : 0.f, col < row ? x.y * be.y : 0.f);
             }
         }
         wgmma_publish();
@@ -1420,7 +1431,7 @@ struct walk_bars { uint64_t full[kStages], empty[kStages], v_full[2], v_empty[2]
 struct walk {
     int s, h, kh, cb, t0, n, n_chunks;
     int64_t id0;
-    uint32_t stage, v, o, raw, state, delta;    /* shared memory; v, o, raw twice; S^T and Vn^T of the present chunk, bf16 */
+    uint32_t stage, v, o, state, delta;         /* shared memory; v and o twice; S^T and Vn^T of the present chunk, bf16 */
     walk_bars *bars;
     float *sums;                    /* [2][16][4]: the other block's sums of squares; tokens 16 apart are neighbours */
 };
@@ -1529,7 +1540,7 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
 }
 
 /* Outputs, tokens along the rows: O = e^gamma Q S + P Vn. One of its threads asks for the tiles. */
-__device__ __forceinline__ void walk_outputs(const gdn_args &a, const walk &k)
+template <bool SPLIT> __device__ __forceinline__ void walk_outputs(const gdn_args &a, const walk &k)
 {
     const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31;
     const int row = w * 16 + ((lane >> 3) & 1) * 8 + (lane & 7), right = lane >> 4;
@@ -1578,6 +1589,8 @@ __device__ __forceinline__ void walk_outputs(const gdn_args &a, const walk &k)
                                     pack2(o[4 * j + 6], o[4 * j + 7]) };
             stsm4(k.o + (c & 1) * kColTile + at64(row, j + right), r);
         }
+        if (SPLIT)
+            wgmma_publish();
         warp_arrive(smem_u32(&k.bars->o_full[c & 1]));
         if (tid == 0 && c + kStages < k.n_chunks) {
             mbar_wait(smem_u32(&k.bars->empty[at]), phase);
@@ -1591,7 +1604,7 @@ __device__ __forceinline__ void walk_outputs(const gdn_args &a, const walk &k)
 }
 
 /* Convolution of v: a warp has 16 tokens of a chunk, a lane two channels. Inputs of the next chunk are on their way meanwhile. */
-__device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k)
+template <bool SPLIT> __device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k, int first, int step, uint32_t raw)
 {
     const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31;
     const int ch = 2 * a.n_k * kDim + k.h * kDim + k.cb * kWalkCols, ld = (int)a.ld_proj;
@@ -1599,25 +1612,34 @@ __device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k)
     auto input = [&](int i) {
         return i >= 0 ? a.proj + (int64_t)(k.t0 + i) * ld + a.u_off + ch : conv_state(a, k.s) + (int64_t)(3 + i) * a.n_conv + ch;
     };
-    auto ask = [&](int c) {         /* rows of 64 channels, from three tokens before the chunk on */
+    auto ask = [&](int c, int half) {       /* rows of 64 channels, from three tokens before the chunk on */
+        const int r0 = tid >> 3, i0 = c * kChunk - 3 + r0, piece = (tid & 7) * 8;
+        const uint32_t dst = raw + half * kRawTile + r0 * 128 + piece * 2;
+        if (c > 0 && (c + 1) * kChunk <= k.n) {
+            const bf16 *row = input(i0) + piece;
 #pragma unroll
-        for (int j = 0; j < 5; j++) {
-            const int r = j * 16 + (tid >> 3);
-            if (r < kChunk + 3)
-                cp16(k.raw + (c & 1) * kRawTile + r * 128 + (tid & 7) * 16, input(min(c * kChunk + r - 3, k.n - 1)) + (tid & 7) * 8, true);
+            for (int j = 0; j < 4; j++, row += 16 * ld)
+                cp16(dst + j * 16 * 128, row, true);
+            if (r0 < 3)
+                cp16(dst + 64 * 128, row, true);
+        } else {
+            for (int j = 0; j < 5; j++)
+                if (j * 16 + r0 < kChunk + 3)
+                    cp16(dst + j * 16 * 128, input(min(i0 + j * 16, k.n - 1)) + piece, true);
         }
         cp_commit();
     };
-    ask(0);
-    for (int c = 0; c < k.n_chunks; c++) {
+    if (first < k.n_chunks)
+        ask(first, 0);
+    for (int c = first, half = 0; c < k.n_chunks; c += step, half ^= 1) {
         cp_wait<0>();
-        asm volatile("bar.sync 1, 128;" ::: "memory");       /* and all have left the other half */
-        if (c + 1 < k.n_chunks)
-            ask(c + 1);
+        asm volatile("bar.sync %0, 128;" ::"r"(first + 1) : "memory");      /* and all have left the other half */
+        if (c + step < k.n_chunks)
+            ask(c + step, half ^ 1);
         /* v and z of chunk c + 4: two warps each, a row per lane. */
         if (const int i = (c + 4) * kChunk + (w & 1) * 32 + lane; i < k.n)
             l2_prefetch(a.proj + (int64_t)(k.t0 + i) * ld + k.h * kDim + k.cb * kWalkCols + (w < 2 ? a.u_off + 2 * a.n_k * kDim : a.z_off));
-        const uint32_t from = k.raw + (c & 1) * kRawTile + w * 16 * 128 + lane * 4, to = k.v + (c & 1) * kColTile + (lane & 3) * 4;
+        const uint32_t from = raw + half * kRawTile + w * 16 * 128 + lane * 4, to = k.v + (c & 1) * kColTile + (lane & 3) * 4;
         auto token = [&](int i) {
             uint32_t v;
             asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(from + i * 128));
@@ -1644,9 +1666,11 @@ __device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k)
         }
         for (int i = max(k.n - c * kChunk - w * 16, 0); i < 16; i++)        /* tokens past the end */
             asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + at64(w * 16 + i, lane >> 2)), "r"(0) : "memory");
+        if (SPLIT)
+            wgmma_publish();
         warp_arrive(smem_u32(&k.bars->v_full[c & 1]));
     }
-    if (w == 0) {         /* every reader of the state was before the first barrier; these channels are this block's alone */
+    if (first == 0 && w == 0) {     /* every reader of the state was before the first barrier; these channels are this block's alone */
         uint32_t r[3];
 #pragma unroll
         for (int i = 0; i < 3; i++)
@@ -1658,7 +1682,7 @@ __device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k)
 }
 
 /* Norm and gate of every second chunk: 8 threads have a token's 64 columns, the other block sums the squares of the other 64. */
-__device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k, int first)
+template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k, int first)
 {
     const int tid = threadIdx.x & 127, piece = tid & 7, row0 = tid >> 3;
     const int col = k.h * kDim + k.cb * kWalkCols + piece * 8, ld = (int)a.ld_proj, ld_out = (int)a.ld_out;
@@ -1667,8 +1691,8 @@ __device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k, int 
     const float wn[8] = { wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w };
     const uint32_t sums = smem_u32(k.sums) + (first * kChunk + row0 * 4) * 4, peer = smem_u32(&k.bars->peer[first]);
     uint32_t far_sums, far_peer;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far_sums) : "r"(sums), "r"(k.cb ^ 1));
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far_peer) : "r"(peer), "r"(k.cb ^ 1));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far_sums) : "r"(sums), "r"((SPLIT ? 2 : 0) + (k.cb ^ 1)));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far_peer) : "r"(peer), "r"((SPLIT ? 2 : 0) + (k.cb ^ 1)));
     const uint32_t from = k.o + first * kColTile + at64(row0, piece);
     uint4 zv[4];
     auto ask = [&](int c) {
@@ -1747,10 +1771,49 @@ __device__ __forceinline__ void move_conv_state(const gdn_args &a, const walk &k
         *(uint2 *)(rec + (int64_t)i * a.n_conv + ch) = r[i];
 }
 
-__device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *smem, walk_bars *bars, float *sums)
+__device__ __forceinline__ uint32_t of_block(uint32_t addr, int rank)
+{
+    uint32_t r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
+    return r;
+}
+
+/*
+ * Between the two blocks of a column half: `sent` is the barrier of a finished tile here, `there` that of the other block, which gets
+ * the tile; `back` is where readers of a tile that came here let it go, and the other block hears of it at the same place.
+ */
+__device__ __forceinline__ void walk_relay(const walk &k, int other, uint32_t tile, uint64_t *sent, uint64_t *got, uint64_t *back)
+{
+    const int warp = (threadIdx.x >> 5) & 3;
+    if ((threadIdx.x & 31) == 0)
+        for (int c = 0; c < k.n_chunks; c++) {
+            const int slot = c & 1, parity = (c >> 1) & 1;
+            if (warp == 0) {
+                const uint32_t src = tile + slot * kColTile;
+                mbar_wait(smem_u32(sent + slot), parity);
+                asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                             ::"r"(of_block(src, other)), "r"(src), "r"(kColTile), "r"(of_block(smem_u32(sent + slot), other)) : "memory");
+            } else if (warp == 1) {
+                mbar_wait(smem_u32(back + slot), parity);
+                asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(of_block(smem_u32(back + slot), other)) : "memory");
+            } else if (warp == 2) {
+                if (c >= 2)
+                    mbar_wait(smem_u32(got + slot), parity ^ 1);
+                mbar_expect(smem_u32(got + slot), kColTile);
+            }
+        }
+    __syncwarp();
+}
+
+/*
+ * SPLIT, for few sequences: a second block does what need not be in the block of the serial part, and tiles of v and of outputs go
+ * from block to block. Cluster: column halves 0 and 1 of the serial part, then the helpers of both.
+ */
+template <bool SPLIT> __device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *smem, walk_bars *bars, float *sums)
 {
     walk k;
-    k.cb = blockIdx.x;
+    const bool helper = SPLIT && blockIdx.x >= 2;
+    k.cb = blockIdx.x & 1;
     k.h = blockIdx.y;
     k.kh = k.h / a.ratio;
     k.s = a.seq0 + blockIdx.z;
@@ -1765,9 +1828,9 @@ __device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *sme
     k.o = k.v + 2 * kColTile;
     k.state = k.o + 2 * kColTile;
     k.delta = k.state + kTile;
-    k.raw = k.delta + kColTile;
     k.bars = bars;
     k.sums = sums;
+    const uint32_t raw = SPLIT ? k.stage : k.delta + kColTile;
     if (threadIdx.x == 0) {
         auto init = [&](uint64_t &bar, int count) { mbar_init(smem_u32(&bar), count); };
         for (int i = 0; i < kStages; i++) {
@@ -1775,10 +1838,10 @@ __device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *sme
             init(bars->empty[i], 8);
         }
         for (int i = 0; i < 2; i++) {
-            init(bars->v_full[i], 4);
-            init(bars->v_empty[i], 4);
-            init(bars->o_full[i], 4);
-            init(bars->o_empty[i], 4);
+            init(bars->v_full[i], SPLIT && !helper ? 1 : 4);
+            init(bars->v_empty[i], helper ? 1 : 4);
+            init(bars->o_full[i], helper ? 1 : 4);
+            init(bars->o_empty[i], SPLIT && !helper ? 1 : 4);
             init(bars->peer[i], 1);
         }
         init(bars->s_full, 4);
@@ -1788,23 +1851,39 @@ __device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *sme
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    /* Registers: 192 + 2 * 64 + 2 * 80 make the 480 of five warpgroups of 96. */
     const int role = threadIdx.x >> 7;
-    if (role == 0) {
+    auto gate = [&] {
+        walk_gate<SPLIT>(a, k, role - 3);
+        if (threadIdx.x < 3 * 128 + 32 && k.h % a.ratio == 0)
+            move_conv_state(a, k, threadIdx.x & 31);
+    };
+    /* Registers: 192 + 2 * 64 + 2 * 80 make the 480 of five warpgroups of 96. */
+    if (helper) {
+        if (role == 0)
+            walk_relay(k, k.cb, k.v, bars->v_full, bars->o_full, bars->o_empty);
+        else if (role <= 2)
+            walk_values<SPLIT>(a, k, role - 1, 2, raw + (role - 1) * 2 * kRawTile);
+        else
+            gate();
+    } else if (role == 0) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
         walk_state(a, k);
     } else if (role == 1) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
-        walk_outputs(a, k);
+        walk_outputs<SPLIT>(a, k);
     } else if (role == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
-        walk_values(a, k);
+        if (SPLIT)
+            walk_relay(k, k.cb + 2, k.o, bars->o_full, bars->v_full, bars->v_empty);
+        else
+            walk_values<SPLIT>(a, k, 0, 1, raw);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
-        walk_gate(a, k, role - 3);
-        if (threadIdx.x < 3 * 128 + 32 && k.h % a.ratio == 0)
-            move_conv_state(a, k, threadIdx.x & 31);
+        if (!SPLIT)
+            gate();
     }
+    if (SPLIT)      /* blocks of a cluster write into each other's memory, so none may go before the last */
+        asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 #endif
@@ -1819,7 +1898,7 @@ __global__ void __launch_bounds__(256, 3) tile_kernel(const gdn_args a)
 #endif
 }
 
-__global__ void __launch_bounds__(kWalkThreads, 1) walk_kernel(const gdn_args a)
+template <bool SPLIT> __global__ void __launch_bounds__(kWalkThreads, 1) walk_kernel(const gdn_args a)
 {
     extern __shared__ __align__(128) unsigned char gdn_smem[];
     pdl_launch();
@@ -1827,7 +1906,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1) walk_kernel(const gdn_args a)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     __shared__ walk_bars bars;          /* its presence tells have_walk() that the code is there */
     __shared__ __align__(16) float sums[2 * kChunk];
-    walk_block(a, gdn_smem + (-smem_u32(gdn_smem) & 1023), &bars, sums);
+    walk_block<SPLIT>(a, gdn_smem + (-smem_u32(gdn_smem) & 1023), &bars, sums);
 #endif
 }
 
@@ -1867,22 +1946,23 @@ size_t chunk_scratch(const gdn_args *a, int n_tokens)
 bool have_walk(const arle_device *dev)
 {
     cudaFuncAttributes f;
-    return dev->cc == 90 && dev->max_smem >= (size_t)kWalkSmem + 1024 && cudaFuncGetAttributes(&f, walk_kernel) == cudaSuccess
+    return dev->cc == 90 && dev->max_smem >= (size_t)kWalkSmem + 1024 && cudaFuncGetAttributes(&f, walk_kernel<false>) == cudaSuccess
            && f.sharedSizeBytes > 0;
 }
 
-/* walk_kernel in pairs of blocks that share a value head. */
-int launch_walk(arle_device *dev, cudaStream_t st, const gdn_args &a)
+/* walk_kernel in clusters of the blocks that share a value head. */
+template <bool SPLIT> int launch_walk(arle_device *dev, cudaStream_t st, const gdn_args &a)
 {
-    CUDA_TRY(dev, cudaFuncSetAttribute((const void *)walk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWalkSmem));
+    CUDA_TRY(dev, cudaFuncSetAttribute((const void *)walk_kernel<SPLIT>, cudaFuncAttributeMaxDynamicSharedMemorySize, kWalkSmem));
+    const unsigned blocks = kDim / kWalkCols * (SPLIT ? 2 : 1);
     cudaLaunchConfig_t cfg = {};
-    cfg.gridDim = dim3(kDim / kWalkCols, a.n_v, a.n_seqs);
+    cfg.gridDim = dim3(blocks, a.n_v, a.n_seqs);
     cfg.blockDim = dim3(kWalkThreads);
     cfg.dynamicSmemBytes = kWalkSmem;
     cfg.stream = st;
     cudaLaunchAttribute attr[2];
     attr[0].id = cudaLaunchAttributeClusterDimension;
-    attr[0].val.clusterDim.x = kDim / kWalkCols;
+    attr[0].val.clusterDim.x = blocks;
     attr[0].val.clusterDim.y = attr[0].val.clusterDim.z = 1;
     attr[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attr[1].val.programmaticStreamSerializationAllowed = 1;
@@ -1890,7 +1970,7 @@ int launch_walk(arle_device *dev, cudaStream_t st, const gdn_args &a)
     cfg.numAttrs = dev->pdl ? 2 : 1;
     if (dev->pdl)
         bump(dev, COUNT_PDL);
-    CUDA_TRY(dev, cudaLaunchKernelEx(&cfg, walk_kernel, a));
+    CUDA_TRY(dev, cudaLaunchKernelEx(&cfg, walk_kernel<SPLIT>, a));
     return 0;
 }
 
@@ -1901,7 +1981,9 @@ int run_tiles(arle_device *dev, cudaStream_t st, gdn_args a, const arle_batch *b
     a.rec = a.kq + chunks * a.n_k * kKQ;
     bump(dev, COUNT_GDN_CHUNK);
     int r = launch(dev, st, tile_kernel, dim3(a.n_k, (unsigned)ceil_div(b->max_new, kChunk), a.n_seqs), dim3(256), kTileSmem, a);
-    return r == 0 ? launch_walk(dev, st, a) : r;
+    if (r < 0)
+        return r;
+    return 4 * a.n_v * a.n_seqs <= dev->n_sm ? launch_walk<true>(dev, st, a) : launch_walk<false>(dev, st, a);
 }
 
 } // namespace

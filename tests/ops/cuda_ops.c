@@ -102,6 +102,96 @@ static void deterministic_mode_agrees_too(void)
     ops_close(&b);
 }
 
+/* ---- delta net: many chunks and many heads, against the token-by-token form of deterministic mode ------------------------------- */
+
+enum { GDN_NK = 16, GDN_NV = 32, GDN_D = 128, GDN_CONV = (2 * GDN_NK + GDN_NV) * GDN_D, GDN_LD = GDN_CONV + GDN_NV * GDN_D + 2 * GDN_NV };
+
+static float *gdn_randoms(uint64_t seed, int64_t n, float scale)
+{
+    float *x = malloc((size_t)n * 4);
+    for (int64_t i = 0; i < n; i++)
+        x[i] = ops_random(&seed) * scale;
+    return x;
+}
+
+static void *gdn_put(struct ops_backend *b, uint64_t seed, int64_t n, float scale, bool act)
+{
+    float *x = gdn_randoms(seed, n, scale);
+    void *d = act ? ops_put_act(b, ARLE_BF16, x, n, NULL) : ops_put(b, x, (size_t)n * 4);
+    free(x);
+    return d;
+}
+
+/* One prefill from a random state; results: outputs, states, convolution states. */
+static void gdn_prefill(struct ops_backend *b, const int *lengths, int n_seqs, float *out, float *s, float *conv)
+{
+    int32_t cu[5] = { 0 }, slot[4];
+    uint32_t longest = 0;
+    for (int i = 0; i < n_seqs; i++) {
+        cu[i + 1] = cu[i] + lengths[i];
+        slot[i] = n_seqs - 1 - i;
+        longest = (uint32_t)lengths[i] > longest ? (uint32_t)lengths[i] : longest;
+    }
+    const int64_t n = cu[n_seqs], width = GDN_NV * GDN_D, n_s = (int64_t)n_seqs * width * GDN_D, n_c = (int64_t)n_seqs * 3 * GDN_CONV;
+    struct arle_batch ba = { .struct_size = sizeof ba, .n_tokens = (uint32_t)n, .n_seqs = (uint32_t)n_seqs, .max_new = longest, .max_ctx = longest,
+                             .page_tokens = 16, .cu = ops_put(b, cu, sizeof cu), .slot = ops_put(b, slot, sizeof slot) };
+    size_t scratch = (size_t)(n * (GDN_CONV + GDN_NV * (3 * GDN_D + 8))) * 4;
+    void *ds = gdn_put(b, 61, n_s, 0.3f, false), *dc = gdn_put(b, 62, n_c, 1, true), *dout = ops_alloc(b, (size_t)(n * width) * 2);
+    struct arle_gdn_args a = {
+        .dtype = ARLE_BF16, .n_k = GDN_NK, .n_v = GDN_NV, .dk = GDN_D, .dv = GDN_D, .conv_width = 4, .eps = 1e-6f, .batch = &ba,
+        .proj = gdn_put(b, 63, n * GDN_LD, 2, true), .ld_proj = GDN_LD, .z_off = GDN_CONV, .a_off = GDN_CONV + width, .b_off = GDN_CONV + width + GDN_NV,
+        .conv_w = gdn_put(b, 64, GDN_CONV * 4, 0.7f, false), .A_log = gdn_put(b, 65, GDN_NV, 1.5f, false), .dt_bias = gdn_put(b, 66, GDN_NV, 1, false),
+        .norm_w = gdn_put(b, 67, GDN_D, 1, false), .conv_state = { dc, 3 * GDN_CONV * 2, 0 }, .s_state = { ds, (size_t)width * GDN_D * 4, 0 },
+        .out = dout, .ld_out = width, .scratch = ops_alloc(b, scratch), .scratch_bytes = scratch,
+    };
+    OPS_CALL(b, gdn, &a);
+    ops_get_act(b, ARLE_BF16, dout, n * width, out);
+    ops_get(b, s, ds, (size_t)n_s * 4);
+    ops_get_act(b, ARLE_BF16, dc, n_c, conv);
+}
+
+static double worst(const float *x, const float *want, int64_t n)
+{
+    double top = 1e-30, diff = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double d = x[i] - want[i];
+        diff = d >= 0 ? (d > diff ? d : diff) : d < 0 ? (-d > diff ? -d : diff) : 1e30;       /* NaN is the worst */
+        top = want[i] > top ? want[i] : -want[i] > top ? -want[i] : top;
+    }
+    return diff / top;
+}
+
+static void long_prefill_agrees_with_steps(void)
+{
+    static const int kinds[][5] = { { 1, 1111 }, { 2, 700, 333 }, { 4, 65, 40, 512, 129 } };      /* the first fits few blocks */
+    struct ops_backend det;
+    REQUIRE(open_cuda(&det, (const char *const[]) { "deterministic", "yes", NULL }) == 0);
+    for (unsigned i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        const int n_seqs = kinds[i][0];
+        int64_t n = 0, width = GDN_NV * GDN_D, n_s = n_seqs * width * GDN_D, n_c = (int64_t)n_seqs * 3 * GDN_CONV;
+        for (int j = 0; j < n_seqs; j++)
+            n += kinds[i][j + 1];
+        float *o[2], *s[2], *c[2];
+        for (int j = 0; j < 2; j++) {
+            o[j] = malloc((size_t)(n * width) * 4);
+            s[j] = malloc((size_t)n_s * 4);
+            c[j] = malloc((size_t)n_c * 4);
+            gdn_prefill(j ? &det : &be, kinds[i] + 1, n_seqs, o[j], s[j], c[j]);
+        }
+        double eo = worst(o[0], o[1], n * width), es = worst(s[0], s[1], n_s), ec = worst(c[0], c[1], n_c);
+        if (!(eo <= 2e-2 && es <= 1e-2 && ec == 0))       /* those of the cases: bf16 operands and outputs, chunks of 64 */
+            TAP_FAIL("%d sequences, %lld tokens: outputs %.3g off, states %.3g, convolution %.3g", n_seqs, (long long)n, eo, es, ec);
+        printf("# %d sequences, %lld tokens: outputs %.3g off, states %.3g\n", n_seqs, (long long)n, eo, es);
+        for (int j = 0; j < 2; j++) {
+            free(o[j]);
+            free(s[j]);
+            free(c[j]);
+        }
+    }
+    EXPECT_EQ(ops_counter(&det, "gdn_chunk"), 0);
+    ops_close(&det);
+}
+
 /* ---- deterministic mode: a row alone and among others --------------------------------------------------------------------- */
 
 static int64_t differing_rows(const float *a, const float *b, int64_t n)
@@ -325,6 +415,7 @@ int main(void)
     }
     RUN(every_case_agrees_with_double_loops);
     RUN(deterministic_mode_agrees_too);
+    RUN(long_prefill_agrees_with_steps);
     RUN(rows_do_not_see_each_other);
     RUN(draws_are_those_of_the_reference);
     RUN(a_captured_step_replays);
