@@ -37,6 +37,7 @@ struct gdn_args {
     float *decay;               /* [chunks][n_v][2][64]: e^gamma, e^(Gamma - gamma) */
     unsigned char *kq;          /* [chunks][n_k][kKQ] */
     unsigned char *rec;         /* [chunks][n_v][kRec] */
+    unsigned char *sums;        /* [n_seqs][n_v][kSums]: where helpers of two column halves exchange sums of squares; NULL: they do not */
 };
 
 __device__ __forceinline__ bf16 *conv_state(const gdn_args &a, int s)
@@ -1065,9 +1066,11 @@ const int kWalkSmem = 1024 + kStages * kStage + 5 * kColTile + kTile + 2 * kRawT
 const int kTileSmem = 1024 + kKQ + 2 * kChunk * kLd * 4 + 8 * kChunk * 4;
 static_assert((kChunk + 3) * 2 * kDim * 2 <= 2 * kChunk * kLd * 4, "q and k before the convolution lie in the place of the triangles");
 
+const int kSums = 2 * 4 * kChunk * 8;       /* [half][chunk & 3][64] of a sum and the number of its chunk plus one */
+
 size_t tile_scratch(const gdn_args *a, int n_tokens)
 {
-    return ((size_t)n_tokens / kChunk + a->n_seqs) * ((size_t)a->n_k * kKQ + (size_t)a->n_v * kRec);
+    return ((size_t)n_tokens / kChunk + a->n_seqs) * ((size_t)a->n_k * kKQ + (size_t)a->n_v * kRec) + (size_t)a->n_seqs * a->n_v * kSums;
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -1083,6 +1086,13 @@ __device__ __forceinline__ void mbar_wait(uint32_t bar, int parity)
 {
     asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}\n"
                  ::"r"(bar), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ uint32_t of_block(uint32_t addr, int rank)
+{
+    uint32_t r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
+    return r;
 }
 
 /* One arrival of a warp, after all of its lanes have come here. */
@@ -1359,6 +1369,9 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
 
     load_raw(a, smem_u32(tri), s, t_seq, c * kChunk, n_seq, kh, tid);
     cp_commit();
+    if (c == 0 && a.sums != NULL)       /* no chunk's sums have been posted yet */
+        for (int i = tid; i < a.ratio * kSums / 16; i += 256)
+            ((uint4 *)(a.sums + ((int64_t)blockIdx.z * a.n_v + kh * a.ratio) * kSums))[i] = make_uint4(0, 0, 0, 0);
     int heads = min(2, a.ratio);
     if (tid < heads * kChunk)
         token_gates(a, t_seq + c * kChunk, tid & 63, n, kh * a.ratio + (tid >> 6), gam + tid, bet + tid);
@@ -1690,9 +1703,8 @@ template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &
     const float4 wa = w4[0], wb = w4[1];
     const float wn[8] = { wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w };
     const uint32_t sums = smem_u32(k.sums) + (first * kChunk + row0 * 4) * 4, peer = smem_u32(&k.bars->peer[first]);
-    uint32_t far_sums, far_peer;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far_sums) : "r"(sums), "r"((SPLIT ? 2 : 0) + (k.cb ^ 1)));
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(far_peer) : "r"(peer), "r"((SPLIT ? 2 : 0) + (k.cb ^ 1)));
+    const uint32_t far_sums = SPLIT ? 0 : of_block(sums, k.cb ^ 1), far_peer = SPLIT ? 0 : of_block(peer, k.cb ^ 1);
+    unsigned char *posted = a.sums + ((int64_t)blockIdx.z * a.n_v + k.h) * kSums + row0 * 32;
     const uint32_t from = k.o + first * kColTile + at64(row0, piece);
     uint4 zv[4];
     auto ask = [&](int c) {
@@ -1721,15 +1733,27 @@ template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &
 #pragma unroll
             for (int p = 0; p < 4; p++)
                 ss[p] += __shfl_xor_sync(0xffffffffu, ss[p], d);
-        /* Stores that complete a transaction: an arrival that releases would wait for all stores of outputs before it. */
-        if (tid == 0)
-            mbar_expect(peer, kChunk * 4);
-        if (piece == 0)
-            asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
-                         ::"r"(far_sums), "f"(ss[0]), "f"(ss[1]), "f"(ss[2]), "f"(ss[3]), "r"(far_peer) : "memory");
-        mbar_wait(peer, (c >> 1) & 1);
         float far[4];
-        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(far[0]), "=f"(far[1]), "=f"(far[2]), "=f"(far[3]) : "r"(sums));
+        if (SPLIT) {
+            /* The other half is in another cluster, but runs: the grid is launched so only where all of it fits. */
+            unsigned char *mine = posted + (k.cb * 4 + (c & 3)) * kChunk * 8, *theirs = posted + ((k.cb ^ 1) * 4 + (c & 3)) * kChunk * 8;
+            if (piece < 2)
+                asm volatile("st.volatile.global.v4.b32 [%0], {%1, %2, %3, %2};"
+                             ::"l"(mine + piece * 16), "r"(__float_as_int(piece ? ss[2] : ss[0])), "r"(c + 1), "r"(__float_as_int(piece ? ss[3] : ss[1])) : "memory");
+            for (int tag[4] = { 0, 0, 0, 0 }; tag[0] != c + 1 || tag[1] != c + 1 || tag[2] != c + 1 || tag[3] != c + 1;) {
+                asm volatile("ld.volatile.global.v4.b32 {%0, %1, %2, %3}, [%4];" : "=f"(far[0]), "=r"(tag[0]), "=f"(far[1]), "=r"(tag[1]) : "l"(theirs) : "memory");
+                asm volatile("ld.volatile.global.v4.b32 {%0, %1, %2, %3}, [%4];" : "=f"(far[2]), "=r"(tag[2]), "=f"(far[3]), "=r"(tag[3]) : "l"(theirs + 16) : "memory");
+            }
+        } else {
+            /* Stores that complete a transaction: an arrival that releases would wait for all stores of outputs before it. */
+            if (tid == 0)
+                mbar_expect(peer, kChunk * 4);
+            if (piece == 0)
+                asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                             ::"r"(far_sums), "f"(ss[0]), "f"(ss[1]), "f"(ss[2]), "f"(ss[3]), "r"(far_peer) : "memory");
+            mbar_wait(peer, (c >> 1) & 1);
+            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(far[0]), "=f"(far[1]), "=f"(far[2]), "=f"(far[3]) : "r"(sums));
+        }
         bf16 *row = a.out + (int64_t)(k.t0 + c * kChunk + row0) * ld_out + col;
 #pragma unroll
         for (int p = 0; p < 4; p++) {
@@ -1771,13 +1795,6 @@ __device__ __forceinline__ void move_conv_state(const gdn_args &a, const walk &k
         *(uint2 *)(rec + (int64_t)i * a.n_conv + ch) = r[i];
 }
 
-__device__ __forceinline__ uint32_t of_block(uint32_t addr, int rank)
-{
-    uint32_t r;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
-    return r;
-}
-
 /*
  * Between the two blocks of a column half: `sent` is the barrier of a finished tile here, `there` that of the other block, which gets
  * the tile; `back` is where readers of a tile that came here let it go, and the other block hears of it at the same place.
@@ -1806,14 +1823,14 @@ __device__ __forceinline__ void walk_relay(const walk &k, int other, uint32_t ti
 }
 
 /*
- * SPLIT, for few sequences: a second block does what need not be in the block of the serial part, and tiles of v and of outputs go
- * from block to block. Cluster: column halves 0 and 1 of the serial part, then the helpers of both.
+ * SPLIT, for few sequences: a second block, the helper, does what need not be in the block of the serial part, and tiles of v and of
+ * outputs go from block to block within a cluster. (Clusters of four, with both halves of the columns, did not all fit an H100 at once.)
  */
 template <bool SPLIT> __device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *smem, walk_bars *bars, float *sums)
 {
     walk k;
-    const bool helper = SPLIT && blockIdx.x >= 2;
-    k.cb = blockIdx.x & 1;
+    const bool helper = SPLIT && (blockIdx.x & 1);
+    k.cb = SPLIT ? blockIdx.x >> 1 : blockIdx.x;
     k.h = blockIdx.y;
     k.kh = k.h / a.ratio;
     k.s = a.seq0 + blockIdx.z;
@@ -1860,7 +1877,7 @@ template <bool SPLIT> __device__ __forceinline__ void walk_block(const gdn_args 
     /* Registers: 192 + 2 * 64 + 2 * 80 make the 480 of five warpgroups of 96. */
     if (helper) {
         if (role == 0)
-            walk_relay(k, k.cb, k.v, bars->v_full, bars->o_full, bars->o_empty);
+            walk_relay(k, 0, k.v, bars->v_full, bars->o_full, bars->o_empty);
         else if (role <= 2)
             walk_values<SPLIT>(a, k, role - 1, 2, raw + (role - 1) * 2 * kRawTile);
         else
@@ -1874,7 +1891,7 @@ template <bool SPLIT> __device__ __forceinline__ void walk_block(const gdn_args 
     } else if (role == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
         if (SPLIT)
-            walk_relay(k, k.cb + 2, k.o, bars->o_full, bars->v_full, bars->v_empty);
+            walk_relay(k, 1, k.o, bars->o_full, bars->v_full, bars->v_empty);
         else
             walk_values<SPLIT>(a, k, 0, 1, raw);
     } else {
@@ -1950,19 +1967,18 @@ bool have_walk(const arle_device *dev)
            && f.sharedSizeBytes > 0;
 }
 
-/* walk_kernel in clusters of the blocks that share a value head. */
+/* walk_kernel in clusters of two: the column halves of a head, or block and helper of one half. */
 template <bool SPLIT> int launch_walk(arle_device *dev, cudaStream_t st, const gdn_args &a)
 {
     CUDA_TRY(dev, cudaFuncSetAttribute((const void *)walk_kernel<SPLIT>, cudaFuncAttributeMaxDynamicSharedMemorySize, kWalkSmem));
-    const unsigned blocks = kDim / kWalkCols * (SPLIT ? 2 : 1);
     cudaLaunchConfig_t cfg = {};
-    cfg.gridDim = dim3(blocks, a.n_v, a.n_seqs);
+    cfg.gridDim = dim3(SPLIT ? 4 : 2, a.n_v, a.n_seqs);
     cfg.blockDim = dim3(kWalkThreads);
     cfg.dynamicSmemBytes = kWalkSmem;
     cfg.stream = st;
     cudaLaunchAttribute attr[2];
     attr[0].id = cudaLaunchAttributeClusterDimension;
-    attr[0].val.clusterDim.x = blocks;
+    attr[0].val.clusterDim.x = 2;
     attr[0].val.clusterDim.y = attr[0].val.clusterDim.z = 1;
     attr[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attr[1].val.programmaticStreamSerializationAllowed = 1;
@@ -1979,11 +1995,13 @@ int run_tiles(arle_device *dev, cudaStream_t st, gdn_args a, const arle_batch *b
     const int64_t chunks = (b->n_tokens - b->n_decode) / kChunk + a.n_seqs;
     a.kq = (unsigned char *)scratch;
     a.rec = a.kq + chunks * a.n_k * kKQ;
+    const bool split = 4 * a.n_v * a.n_seqs <= dev->n_sm;
+    a.sums = split ? a.rec + chunks * a.n_v * kRec : NULL;
     bump(dev, COUNT_GDN_CHUNK);
     int r = launch(dev, st, tile_kernel, dim3(a.n_k, (unsigned)ceil_div(b->max_new, kChunk), a.n_seqs), dim3(256), kTileSmem, a);
     if (r < 0)
         return r;
-    return 4 * a.n_v * a.n_seqs <= dev->n_sm ? launch_walk<true>(dev, st, a) : launch_walk<false>(dev, st, a);
+    return split ? launch_walk<true>(dev, st, a) : launch_walk<false>(dev, st, a);
 }
 
 } // namespace
