@@ -1082,10 +1082,11 @@ __device__ __forceinline__ void mbar_expect(uint32_t bar, int bytes)
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
 
+/* With a time to sleep for: without it the waiting warps ask again every few dozen cycles and take the issue slots of the others. */
 __device__ __forceinline__ void mbar_wait(uint32_t bar, int parity)
 {
-    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}\n"
-                 ::"r"(bar), "r"(parity) : "memory");
+    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1, %2;\n@p bra done;\nbra again;\ndone:\n}\n"
+                 ::"r"(bar), "r"(parity), "r"(10000000) : "memory");
 }
 
 __device__ __forceinline__ uint32_t of_block(uint32_t addr, int rank)
@@ -1968,26 +1969,35 @@ bool have_walk(const arle_device *dev)
 }
 
 /* walk_kernel in clusters of two: the column halves of a head, or block and helper of one half. */
-template <bool SPLIT> int launch_walk(arle_device *dev, cudaStream_t st, const gdn_args &a)
-{
-    CUDA_TRY(dev, cudaFuncSetAttribute((const void *)walk_kernel<SPLIT>, cudaFuncAttributeMaxDynamicSharedMemorySize, kWalkSmem));
-    cudaLaunchConfig_t cfg = {};
-    cfg.gridDim = dim3(SPLIT ? 4 : 2, a.n_v, a.n_seqs);
-    cfg.blockDim = dim3(kWalkThreads);
-    cfg.dynamicSmemBytes = kWalkSmem;
-    cfg.stream = st;
+struct walk_launch {
+    cudaLaunchConfig_t cfg;
     cudaLaunchAttribute attr[2];
-    attr[0].id = cudaLaunchAttributeClusterDimension;
-    attr[0].val.clusterDim.x = 2;
-    attr[0].val.clusterDim.y = attr[0].val.clusterDim.z = 1;
-    attr[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attr[1].val.programmaticStreamSerializationAllowed = 1;
-    cfg.attrs = attr;
-    cfg.numAttrs = dev->pdl ? 2 : 1;
-    if (dev->pdl)
-        bump(dev, COUNT_PDL);
-    CUDA_TRY(dev, cudaLaunchKernelEx(&cfg, walk_kernel<SPLIT>, a));
-    return 0;
+
+    walk_launch(const arle_device *dev, cudaStream_t st, const gdn_args &a, bool split) : cfg(), attr()
+    {
+        attr[0].id = cudaLaunchAttributeClusterDimension;
+        attr[0].val.clusterDim.x = 2;
+        attr[0].val.clusterDim.y = attr[0].val.clusterDim.z = 1;
+        attr[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attr[1].val.programmaticStreamSerializationAllowed = 1;
+        cfg.gridDim = dim3(split ? 4 : 2, a.n_v, a.n_seqs);
+        cfg.blockDim = dim3(kWalkThreads);
+        cfg.dynamicSmemBytes = kWalkSmem;
+        cfg.stream = st;
+        cfg.attrs = attr;
+        cfg.numAttrs = dev->pdl ? 2 : 1;
+    }
+};
+
+/* Helpers wait for each other, so all of them must run at once. */
+bool split_fits(const arle_device *dev, cudaStream_t st, const gdn_args &a)
+{
+    int n = 0;
+    if (4 * a.n_v * a.n_seqs > dev->n_sm)
+        return false;
+    const walk_launch l(dev, st, a, true);
+    return cudaFuncSetAttribute((const void *)walk_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, kWalkSmem) == cudaSuccess
+           && cudaOccupancyMaxActiveClusters(&n, walk_kernel<true>, &l.cfg) == cudaSuccess && n >= 2 * a.n_v * a.n_seqs;
 }
 
 int run_tiles(arle_device *dev, cudaStream_t st, gdn_args a, const arle_batch *b, char *scratch)
@@ -1995,13 +2005,19 @@ int run_tiles(arle_device *dev, cudaStream_t st, gdn_args a, const arle_batch *b
     const int64_t chunks = (b->n_tokens - b->n_decode) / kChunk + a.n_seqs;
     a.kq = (unsigned char *)scratch;
     a.rec = a.kq + chunks * a.n_k * kKQ;
-    const bool split = 4 * a.n_v * a.n_seqs <= dev->n_sm;
+    const bool split = split_fits(dev, st, a);
     a.sums = split ? a.rec + chunks * a.n_v * kRec : NULL;
     bump(dev, COUNT_GDN_CHUNK);
     int r = launch(dev, st, tile_kernel, dim3(a.n_k, (unsigned)ceil_div(b->max_new, kChunk), a.n_seqs), dim3(256), kTileSmem, a);
     if (r < 0)
         return r;
-    return split ? launch_walk<true>(dev, st, a) : launch_walk<false>(dev, st, a);
+    const walk_launch l(dev, st, a, split);
+    void (*kernel)(gdn_args) = split ? walk_kernel<true> : walk_kernel<false>;
+    CUDA_TRY(dev, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWalkSmem));
+    if (dev->pdl)
+        bump(dev, COUNT_PDL);
+    CUDA_TRY(dev, cudaLaunchKernelEx(&l.cfg, kernel, a));
+    return 0;
 }
 
 } // namespace
