@@ -1465,23 +1465,26 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
 #pragma unroll
     for (int i = 0; i < 64; i++)
         st[i] = S[((i >> 2) * 8 + 2 * tq + (i & 1)) * kDim + ((i >> 1) & 1) * 8];
-    /* S becomes the operand of K S of chunk c and of the outputs' Q S, and then what that chunk leaves of it. */
-    auto ask_state = [&](int c, int at, int phase, bool more) {
-        const uint32_t k_s = k.stage + at * kStage;
-        float last = 1.f;
-        if (more) {
-            mbar_wait(smem_u32(&k.bars->v_full[c & 1]), (c >> 1) & 1);
+    /* What chunk c needs beside S is taken while the products of the one before run: values, then tiles and a place for its state. */
+    float last = 1.f;
+    auto take_values = [&](int c) {
+        mbar_wait(smem_u32(&k.bars->v_full[c & 1]), (c >> 1) & 1);
 #pragma unroll
-            for (int j = 0; j < 8; j += 2)
-                ldsm4t(vw + 2 * j, k.v + (c & 1) * kColTile + at64((j + right) * 8 + (lane & 7), w * 2 + ((lane >> 3) & 1)));
-            warp_arrive(smem_u32(&k.bars->v_empty[c & 1]));
-            mbar_wait(smem_u32(&k.bars->full[at]), phase);
-            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(last) : "r"(k_s + kKQ + 2 * kChunk * kChunk * 2 + (kChunk - 1) * 4));
-        }
+        for (int j = 0; j < 8; j += 2)
+            ldsm4t(vw + 2 * j, k.v + (c & 1) * kColTile + at64((j + right) * 8 + (lane & 7), w * 2 + ((lane >> 3) & 1)));
+        warp_arrive(smem_u32(&k.bars->v_empty[c & 1]));
+    };
+    auto take_tiles = [&](int at, int phase) {
+        mbar_wait(smem_u32(&k.bars->full[at]), phase);
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(last)
+                     : "r"(k.stage + at * kStage + kKQ + 2 * kChunk * kChunk * 2 + (kChunk - 1) * 4));
+    };
+    /* S becomes the operand of K S and of the outputs' Q S, and then what the chunk leaves of it. */
+    auto ask_state = [&](int at) {
+        const uint32_t k_s = k.stage + at * kStage;
 #pragma unroll
         for (int i = 0; i < 32; i++)
             sb[i] = pack2(st[2 * i], st[2 * i + 1]);
-        mbar_wait(smem_u32(&k.bars->s_empty), (c & 1) ^ 1);
         wgmma_fence();
 #pragma unroll
         for (int ks = 0; ks < 8; ks++) {
@@ -1489,13 +1492,13 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
             stsm4(k.state + panel_at<kChunk>(row, 2 * ks + right), sb + 4 * ks);
         }
         wgmma_commit();
-        wgmma_publish();
-        warp_arrive(smem_u32(&k.bars->s_full));
 #pragma unroll
         for (int i = 0; i < 64; i++)
             st[i] *= last;
     };
-    ask_state(0, 0, 0, true);
+    take_values(0);
+    take_tiles(0, 0);
+    ask_state(0);
     for (int c = 0, at = 0, phase = 0; c < k.n_chunks; c++) {
         const uint32_t k_s = k.stage + at * kStage, a_s = k_s + kKQ, eg_s = a_s + 2 * kChunk * kChunk * 2 + 8 * tq;
         auto decay2 = [&](int j, int which) {
@@ -1516,6 +1519,8 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
         for (int ks = 0; ks < 4; ks++)
             wgmma_reg_64x64(x, r + 4 * ks, panel_step(panels(a_s), ks), ks > 0);
         wgmma_commit();
+        wgmma_publish();        /* here and not where the state was stored: nothing is left to wait for */
+        warp_arrive(smem_u32(&k.bars->s_full));
         wgmma_wait<0>();
         wgmma_hold(x);
 #pragma unroll
@@ -1534,17 +1539,25 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
             stsm4(k.delta + panel_at<kChunk>(row, 2 * ks + right), vw + 4 * ks);
         }
         wgmma_commit();
+        const int here = at;
+        const bool more = c + 1 < k.n_chunks;
+        if (more)
+            take_values(c + 1);
         wgmma_publish();
         warp_arrive(smem_u32(&k.bars->d_full));
+        last = 1.f;
+        if (more) {
+            if (++at == kStages) {
+                at = 0;
+                phase ^= 1;
+            }
+            take_tiles(at, phase);
+        }
+        mbar_wait(smem_u32(&k.bars->s_empty), c & 1);
         wgmma_wait<0>();
         wgmma_hold(st);
-        warp_arrive(smem_u32(&k.bars->empty[at]));
-        const bool more = c + 1 < k.n_chunks;
-        if (more && ++at == kStages) {
-            at = 0;
-            phase ^= 1;
-        }
-        ask_state(c + 1, at, phase, more);      /* after the last chunk for nothing: products under a condition would be serialized */
+        warp_arrive(smem_u32(&k.bars->empty[here]));
+        ask_state(at);          /* after the last chunk for nothing: products under a condition would be serialized */
     }
     wgmma_wait<0>();
     wgmma_hold(x);
