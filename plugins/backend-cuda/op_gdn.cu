@@ -9,10 +9,10 @@
  *            A warp holds S^T [16 x 64] as the accumulator of its products; accumulator and operand layouts agree when the value
  *            dimension is the row. Two warps hold the two halves of the keys and exchange their parts of W S and Q S.
  *   gate     norm over the head and silu(z), in place
+ * On compute capability 9.0 two other kernels, tile and walk, take the place of these four; see there.
  */
 #include "wgmma.cuh"
 #include <errno.h>
-
 
 namespace {
 
@@ -1056,12 +1056,13 @@ __global__ void __launch_bounds__(256) gate_kernel(const gdn_args a)
  * The same chunks in two kernels, for machines with warpgroup products and bulk copies:
  *   tile   per chunk and key head: convolution of q and k, A = (I + M)^-1 diag(beta), P. Written as the tiles that `walk` reads.
  *   walk   per (sequence, head, 64 value columns), chunk after chunk: R = V - e^gamma K S, Vn = A R, O = e^gamma Q S + P Vn,
- *          S' = e^Gamma S + K^T (e^(Gamma - gamma) Vn). Its warpgroups: state (R, Vn, S'),
- *          outputs (O), convolution of v, and two for the gated norm.
+ *          S' = e^Gamma S + K^T (e^(Gamma - gamma) Vn). Its warpgroups: state (R, Vn, S'), outputs (O), convolution of v, and two
+ *          for the gated norm.
  * What passes between them is K and Q [2][64][128] and A and P [2][64][64], bf16 in swizzled panels, and the two decays in f32.
  */
 const int kKQ = 2 * kTile, kRec = 2 * kChunk * kChunk * 2 + 2 * kChunk * 4;
-const int kWalkCols = 64, kStages = 3, kStage = (kKQ + kRec + 1023) / 1024 * 1024, kColTile = kChunk * kWalkCols * 2, kRawTile = (kChunk + 3) * kWalkCols * 2;
+const int kWalkCols = 64, kStages = 3, kStage = (kKQ + kRec + 1023) / 1024 * 1024;
+const int kColTile = kChunk * kWalkCols * 2, kRawTile = (kChunk + 3) * kWalkCols * 2;
 const int kWalkSmem = 1024 + kStages * kStage + 5 * kColTile + kTile + 2 * kRawTile, kWalkThreads = 640;
 const int kTileSmem = 1024 + kKQ + 2 * kChunk * kLd * 4 + 8 * kChunk * 4;
 static_assert((kChunk + 3) * 2 * kDim * 2 <= 2 * kChunk * kLd * 4, "q and k before the convolution lie in the place of the triangles");
@@ -1151,7 +1152,8 @@ __device__ __forceinline__ void silu8(float (&x)[8])
 
 __device__ __forceinline__ void stsm4(uint32_t addr, const uint32_t *r)
 {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(addr), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
 /* d (+)= A B: A 64 x 16 in registers, B^T 64 x 16 in shared memory with the inner dimension contiguous. */
@@ -1326,7 +1328,8 @@ __device__ __forceinline__ void sum_gates(float *gam, float *decay, int lane)
 }
 
 /* From K K^T (first warpgroup) the triangle M in f32, from Q K^T (second) P in bf16; w: warp of the warpgroup, with 16 rows. */
-__device__ __forceinline__ void mask_products(const float (&d)[32], bool is_p, float *M, unsigned char *p, const float *gam, const float *bet, int w, int lane)
+__device__ __forceinline__ void mask_products(const float (&d)[32], bool is_p, float *M, unsigned char *p, const float *gam, const float *bet,
+                                              int w, int lane)
 {
     const int g = lane >> 2, tq = lane & 3, row = w * 16 + g;
     const float ga0 = gam[row], ga1 = gam[row + 8], b0 = bet[row], b1 = bet[row + 8];
@@ -1423,7 +1426,8 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
             for (int i = 0; i < 16; i++) {
                 const int row = w * 16 + i, col = 2 * lane;
                 const float2 x = *(const float2 *)(A + row * kLd + col);
-                *(uint32_t *)(am + wg * half + at64(row, lane >> 2) + (lane & 3) * 4) = pack2(col <= row ? x.x * be.x : 0.f, col < row ? x.y * be.y : 0.f);
+                *(uint32_t *)(am + wg * half + at64(row, lane >> 2) + (lane & 3) * 4) =
+                    pack2(col <= row ? x.x * be.x : 0.f, col < row ? x.y * be.y : 0.f);
             }
         }
         wgmma_publish();
@@ -1439,7 +1443,11 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
         bulk_store_wait();
 }
 
-struct walk_bars { uint64_t full[kStages], empty[kStages], v_full[2], v_empty[2], o_full[2], o_empty[2], s_full, s_empty, d_full, d_empty, peer[2]; };
+/* Barriers: of tiles, v, outputs, state, Vn; of the sums of the other block. Where there is one of `empty`, all users of a phase pass
+ * before the next can come, so a parity tells phases apart. */
+struct walk_bars {
+    uint64_t full[kStages], empty[kStages], v_full[2], v_empty[2], o_full[2], o_empty[2], s_full, s_empty, d_full, d_empty, peer[2];
+};
 
 /* What a warpgroup of `walk` needs to know. */
 struct walk {
@@ -1447,7 +1455,7 @@ struct walk {
     int64_t id0;
     uint32_t stage, v, o, state, delta;         /* shared memory; v and o twice; S^T and Vn^T of the present chunk, bf16 */
     walk_bars *bars;
-    float *sums;                    /* [2][16][4]: the other block's sums of squares; tokens 16 apart are neighbours */
+    float *sums;                    /* [2][2][16][4]: sums of squares of the other block, even chunks, then odd; tokens 16 apart adjoin */
 };
 
 /*
@@ -1635,7 +1643,8 @@ template <bool SPLIT> __device__ __forceinline__ void walk_values(const gdn_args
 {
     const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31;
     const int ch = 2 * a.n_k * kDim + k.h * kDim + k.cb * kWalkCols, ld = (int)a.ld_proj;
-    const float4 wa = *(const float4 *)(a.conv_w + (int64_t)(ch + lane * 2) * 4), wb = *(const float4 *)(a.conv_w + (int64_t)(ch + lane * 2) * 4 + 4);
+    const float4 *w4 = (const float4 *)(a.conv_w + (int64_t)(ch + lane * 2) * 4);
+    const float4 wa = w4[0], wb = w4[1];
     auto input = [&](int i) {
         return i >= 0 ? a.proj + (int64_t)(k.t0 + i) * ld + a.u_off + ch : conv_state(a, k.s) + (int64_t)(3 + i) * a.n_conv + ch;
     };
@@ -1689,7 +1698,8 @@ template <bool SPLIT> __device__ __forceinline__ void walk_values(const gdn_args
             silu8(y);
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + at64(w * 16 + i + j, lane >> 2)), "r"(pack2(y[2 * j], y[2 * j + 1])) : "memory");
+                asm volatile("st.shared.b32 [%0], %1;"
+                             ::"r"(to + at64(w * 16 + i + j, lane >> 2)), "r"(pack2(y[2 * j], y[2 * j + 1])) : "memory");
         }
         for (int i = max(k.n - c * kChunk - w * 16, 0); i < 16; i++)        /* tokens past the end */
             asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + at64(w * 16 + i, lane >> 2)), "r"(0) : "memory");
@@ -1716,7 +1726,7 @@ template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &
     const float4 *w4 = (const float4 *)(a.norm_w + k.cb * kWalkCols + piece * 8);
     const float4 wa = w4[0], wb = w4[1];
     const float wn[8] = { wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w };
-    const uint32_t sums = smem_u32(k.sums) + (first * kChunk + row0 * 4) * 4, peer = smem_u32(&k.bars->peer[first]);
+    const uint32_t sums = smem_u32(k.sums) + (first * 2 * kChunk + row0 * 4) * 4, peer = smem_u32(&k.bars->peer[first]);
     const uint32_t far_sums = SPLIT ? 0 : of_block(sums, k.cb ^ 1), far_peer = SPLIT ? 0 : of_block(peer, k.cb ^ 1);
     unsigned char *posted = a.sums + ((int64_t)blockIdx.z * a.n_v + k.h) * kSums + row0 * 32;
     const uint32_t from = k.o + first * kColTile + at64(row0, piece);
@@ -1736,7 +1746,8 @@ template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &
         for (int p = 0; p < 4; p++)
             asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(ov[p].x), "=r"(ov[p].y), "=r"(ov[p].z), "=r"(ov[p].w)
                          : "r"(from + p * 16 * 128));
-        warp_arrive(smem_u32(&k.bars->o_empty[first]));
+        if (SPLIT)
+            warp_arrive(smem_u32(&k.bars->o_empty[first]));
 #pragma unroll
         for (int p = 0; p < 4; p++) {
             float2 f = unpack2(ov[p].x), f1 = unpack2(ov[p].y), f2 = unpack2(ov[p].z), f3 = unpack2(ov[p].w);
@@ -1750,23 +1761,36 @@ template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &
         float far[4];
         if (SPLIT) {
             /* The other half is in another cluster, but runs: the grid is launched so only where all of it fits. */
-            unsigned char *mine = posted + (k.cb * 4 + (c & 3)) * kChunk * 8, *theirs = posted + ((k.cb ^ 1) * 4 + (c & 3)) * kChunk * 8;
+            unsigned char *mine = posted + (k.cb * 4 + (c & 3)) * kChunk * 8 + (piece & 1) * 16;
+            const unsigned char *theirs = posted + ((k.cb ^ 1) * 4 + (c & 3)) * kChunk * 8;
+            auto look = [](const unsigned char *at, float *x, int *tag) {
+                asm volatile("ld.volatile.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                             : "=f"(x[0]), "=r"(tag[0]), "=f"(x[1]), "=r"(tag[1]) : "l"(at) : "memory");
+            };
             if (piece < 2)
                 asm volatile("st.volatile.global.v4.b32 [%0], {%1, %2, %3, %2};"
-                             ::"l"(mine + piece * 16), "r"(__float_as_int(piece ? ss[2] : ss[0])), "r"(c + 1), "r"(__float_as_int(piece ? ss[3] : ss[1])) : "memory");
-            for (int tag[4] = { 0, 0, 0, 0 }; tag[0] != c + 1 || tag[1] != c + 1 || tag[2] != c + 1 || tag[3] != c + 1;) {
-                asm volatile("ld.volatile.global.v4.b32 {%0, %1, %2, %3}, [%4];" : "=f"(far[0]), "=r"(tag[0]), "=f"(far[1]), "=r"(tag[1]) : "l"(theirs) : "memory");
-                asm volatile("ld.volatile.global.v4.b32 {%0, %1, %2, %3}, [%4];" : "=f"(far[2]), "=r"(tag[2]), "=f"(far[3]), "=r"(tag[3]) : "l"(theirs + 16) : "memory");
-            }
+                             ::"l"(mine), "r"(__float_as_int(piece ? ss[2] : ss[0])), "r"(c + 1), "r"(__float_as_int(piece ? ss[3] : ss[1]))
+                             : "memory");
+            int tag[4];
+            do {
+                look(theirs, far, tag);
+                look(theirs + 16, far + 2, tag + 2);
+            } while (tag[0] != c + 1 || tag[1] != c + 1 || tag[2] != c + 1 || tag[3] != c + 1);
         } else {
-            /* Stores that complete a transaction: an arrival that releases would wait for all stores of outputs before it. */
+            /* Stores that complete a transaction: an arrival that releases would wait for all stores of outputs before it. Two places in
+             * turn: the other block may send the next sums before these are read, but not those after, which need this block's next. */
+            const int slot = ((c >> 1) & 1) * kChunk * 4;
             if (tid == 0)
                 mbar_expect(peer, kChunk * 4);
             if (piece == 0)
                 asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
-                             ::"r"(far_sums), "f"(ss[0]), "f"(ss[1]), "f"(ss[2]), "f"(ss[3]), "r"(far_peer) : "memory");
+                             ::"r"(far_sums + slot), "f"(ss[0]), "f"(ss[1]), "f"(ss[2]), "f"(ss[3]), "r"(far_peer) : "memory");
             mbar_wait(peer, (c >> 1) & 1);
-            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(far[0]), "=f"(far[1]), "=f"(far[2]), "=f"(far[3]) : "r"(sums));
+            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                         : "=f"(far[0]), "=f"(far[1]), "=f"(far[2]), "=f"(far[3]) : "r"(sums + slot));
+            /* Only now: were the next outputs there already, the barrier could complete its next phase before a slow warp has seen this
+             * one (and then it would wait for ever), and fast warps could send their next sums before a slow one has sent these. */
+            warp_arrive(smem_u32(&k.bars->o_empty[first]));
         }
         bf16 *row = a.out + (int64_t)(k.t0 + c * kChunk + row0) * ld_out + col;
 #pragma unroll
@@ -1810,8 +1834,9 @@ __device__ __forceinline__ void move_conv_state(const gdn_args &a, const walk &k
 }
 
 /*
- * Between the two blocks of a column half: `sent` is the barrier of a finished tile here, `there` that of the other block, which gets
- * the tile; `back` is where readers of a tile that came here let it go, and the other block hears of it at the same place.
+ * Between the two blocks of a column half. Tiles finished here (`sent`) are copied to the same place of the other block and complete its
+ * barrier; for tiles that come (`got`) bytes are expected; where readers here let such a tile go (`back`), the other block
+ * is told.
  */
 __device__ __forceinline__ void walk_relay(const walk &k, int other, uint32_t tile, uint64_t *sent, uint64_t *got, uint64_t *back)
 {
@@ -1826,7 +1851,8 @@ __device__ __forceinline__ void walk_relay(const walk &k, int other, uint32_t ti
                              ::"r"(of_block(src, other)), "r"(src), "r"(kColTile), "r"(of_block(smem_u32(sent + slot), other)) : "memory");
             } else if (warp == 1) {
                 mbar_wait(smem_u32(back + slot), parity);
-                asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(of_block(smem_u32(back + slot), other)) : "memory");
+                asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];"
+                             ::"r"(of_block(smem_u32(back + slot), other)) : "memory");
             } else if (warp == 2) {
                 if (c >= 2)
                     mbar_wait(smem_u32(got + slot), parity ^ 1);
@@ -1936,7 +1962,7 @@ template <bool SPLIT> __global__ void __launch_bounds__(kWalkThreads, 1) walk_ke
     pdl_wait();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     __shared__ walk_bars bars;          /* its presence tells have_walk() that the code is there */
-    __shared__ __align__(16) float sums[2 * kChunk];
+    __shared__ __align__(16) float sums[4 * kChunk];
     walk_block<SPLIT>(a, gdn_smem + (-smem_u32(gdn_smem) & 1023), &bars, sums);
 #endif
 }

@@ -148,6 +148,7 @@ static void gdn_prefill(struct ops_backend *b, const int *lengths, int n_seqs, f
     ops_get_act(b, ARLE_BF16, dout, n * width, out);
     ops_get(b, s, ds, (size_t)n_s * 4);
     ops_get_act(b, ARLE_BF16, dc, n_c, conv);
+    ops_release(b);
 }
 
 static double worst(const float *x, const float *want, int64_t n)
@@ -163,7 +164,8 @@ static double worst(const float *x, const float *want, int64_t n)
 
 static void long_prefill_agrees_with_steps(void)
 {
-    static const int kinds[][5] = { { 1, 1111 }, { 2, 700, 333 }, { 4, 65, 40, 512, 129 } };      /* the first fits few blocks */
+    /* The first is spread over more blocks, the last fills the machine more than once and for long. */
+    static const int kinds[][5] = { { 1, 1111 }, { 2, 700, 333 }, { 4, 65, 40, 512, 129 }, { 3, 3000, 2500, 2900 } };
     struct ops_backend det;
     REQUIRE(open_cuda(&det, (const char *const[]) { "deterministic", "yes", NULL }) == 0);
     for (unsigned i = 0; i < sizeof kinds / sizeof *kinds; i++) {
@@ -179,7 +181,7 @@ static void long_prefill_agrees_with_steps(void)
             gdn_prefill(j ? &det : &be, kinds[i] + 1, n_seqs, o[j], s[j], c[j]);
         }
         double eo = worst(o[0], o[1], n * width), es = worst(s[0], s[1], n_s), ec = worst(c[0], c[1], n_c);
-        if (!(eo <= 2e-2 && es <= 1e-2 && ec == 0))       /* those of the cases: bf16 operands and outputs, chunks of 64 */
+        if (!(eo <= 3e-2 && es <= 1e-2 && ec == 0))       /* each form may be 2e-2 off the exact outputs, as in the cases */
             TAP_FAIL("%d sequences, %lld tokens: outputs %.3g off, states %.3g, convolution %.3g", n_seqs, (long long)n, eo, es, ec);
         printf("# %d sequences, %lld tokens: outputs %.3g off, states %.3g\n", n_seqs, (long long)n, eo, es);
         for (int j = 0; j < 2; j++) {
