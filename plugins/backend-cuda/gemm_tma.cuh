@@ -49,24 +49,6 @@ static __host__ __device__ __forceinline__ bool tma_eights(const gemm_args &a)
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-static __device__ __forceinline__ void mbar_init(uint32_t bar, int count)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-static __device__ __forceinline__ void mbar_arrive(uint32_t bar)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-static __device__ __forceinline__ void mbar_expect(uint32_t bar, int bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-static __device__ __forceinline__ void mbar_wait(uint32_t bar, int parity)
-{
-    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}\n"
-                 ::"r"(bar), "r"(parity) : "memory");
-}
-
 /* A box at column k of row `row`; zeros where it leaves the matrix. */
 static __device__ __forceinline__ void tma_box(uint32_t dst, const CUtensorMap *map, int k, int row, uint32_t bar, uint64_t policy)
 {
@@ -111,7 +93,7 @@ static __device__ __forceinline__ void tma_product(float (&d)[16], uint64_t a, u
 }
 static __device__ __forceinline__ void tma_product(float (&d)[32], uint64_t a, uint64_t b, int accumulate)
 {
-    wgmma_64x64(d, a, b, accumulate);
+    wgmma_ss(d, a, b, accumulate);
 }
 
 /* One step of 16 columns: d[token][row of W] (+)= x W^T. */
@@ -393,7 +375,7 @@ static __global__ void __launch_bounds__(192, 2) gemm_tma_kernel(const __grid_co
             mbar_init(empty + 8 * s, 4);        /* one arrival a warp */
         }
         mbar_init(join, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        mbar_publish();
     }
     __syncthreads();
 

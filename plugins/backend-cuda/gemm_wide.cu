@@ -74,39 +74,10 @@ __device__ __forceinline__ void wide_mma(float (&d)[128], uint64_t a, uint64_t b
                  WIDE_16(112));
 }
 
-__device__ __forceinline__ void bar_init(uint64_t *bar, int count)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_u32(bar)), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void bar_wait(uint64_t *bar, uint32_t parity)
-{
-    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}\n"
-                 ::"r"(smem_u32(bar)), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void bar_expect(uint64_t *bar, int bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_u32(bar)), "r"(bytes) : "memory");
-}
-
-/* Arrives at the barrier of this name in block `rank` of the cluster. Only reads come before it, and with .release.cluster the
- * compiler would wait for all of this thread's writes to the whole GPU. */
-__device__ __forceinline__ void bar_arrive(uint64_t *bar, uint32_t rank)
-{
-    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(smem_u32(bar)), "r"(rank) : "memory");
-}
-
 /* Arrives once all earlier cp.async of this thread have landed. */
-__device__ __forceinline__ void bar_arrive_copies(uint64_t *bar)
+__device__ __forceinline__ void mbar_arrive_copies(uint64_t *bar)
 {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_u32(bar)) : "memory");
-}
-
-__device__ __forceinline__ void cluster_sync()
-{
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 template <int CLUSTER>
@@ -222,8 +193,8 @@ __device__ __forceinline__ void produce(const CUtensorMap *mw, const CUtensorMap
             for (int kb = 0; kb < ku; kb++, it++) {
                 const int s = it % kWideStages;
                 const uint32_t dst = smem + s * kWideStage;
-                bar_wait(&sh.empty[s], it / kWideStages & 1 ^ 1);
-                bar_expect(&sh.full[s], kWideW + t.n * 128);
+                mbar_wait(smem_u32(&sh.empty[s]), it / kWideStages & 1 ^ 1);
+                mbar_expect(smem_u32(&sh.full[s]), kWideW + t.n * 128);
                 tma_load(dst, mw, kb * 64, t.w_row + rank * kWideRows, &sh.full[s]);
                 const int box = GROUPED ? 16 : mine;
                 for (int r = 0; r < mine; r += box) {
@@ -292,9 +263,9 @@ __device__ __forceinline__ void produce_gathered(const CUtensorMap *mw, const wi
         for (int kb = 0; kb < ku; kb++, it++) {
             const int s = it % kWideStages;
             const uint32_t dst = smem + s * kWideStage, xs = dst + kWideW + row0 * 128 + ((ch ^ (row0 & 7)) << 4);
-            bar_wait(&sh.empty[s], it / kWideStages & 1 ^ 1);
+            mbar_wait(smem_u32(&sh.empty[s]), it / kWideStages & 1 ^ 1);
             if (threadIdx.x == 0) {
-                bar_expect(&sh.full[s], kWideW);
+                mbar_expect(smem_u32(&sh.full[s]), kWideW);
                 tma_load(dst, mw, kb * 64, t.w_row, &sh.full[s]);
             }
             const bool ok = kb * 64 + ch * 8 < a.g.k;
@@ -303,14 +274,14 @@ __device__ __forceinline__ void produce_gathered(const CUtensorMap *mw, const wi
             for (int i = 0; i < kWideTokens / 16; i++)
                 if (i * 16 < t.n)
                     cp16(xs + i * 2048, x + at[i], ok);
-            bar_arrive_copies(&sh.full[s]);
+            mbar_arrive_copies(&sh.full[s]);
         }
     }
     /* One more stage with nothing in it, so that the end is seen. */
-    bar_wait(&sh.empty[it % kWideStages], it / kWideStages & 1 ^ 1);
+    mbar_wait(smem_u32(&sh.empty[it % kWideStages]), it / kWideStages & 1 ^ 1);
     if (threadIdx.x == 0)
-        bar_expect(&sh.full[it % kWideStages], 0);
-    bar_arrive_copies(&sh.full[it % kWideStages]);
+        mbar_expect(smem_u32(&sh.full[it % kWideStages]), 0);
+    mbar_arrive_copies(&sh.full[it % kWideStages]);
 }
 
 /* ---- who multiplies and stores ---------------------------------------------------------------------------------------------------- */
@@ -323,7 +294,7 @@ __device__ __forceinline__ void multiply(float (&acc)[128], wide_shared &sh, uin
     int it = *count;
     for (int kb = 0; kb < ku; kb++, it++) {
         const int s = it % kWideStages;
-        bar_wait(&sh.full[s], it / kWideStages & 1);
+        mbar_wait(smem_u32(&sh.full[s]), it / kWideStages & 1);
         if (GATHER)
             wgmma_publish();            /* cp.async writes as threads do, the products read past them */
         const uint64_t w = wgmma_desc(smem + s * kWideStage + wg * (kWideW / 2), 16), x = wgmma_desc(smem + s * kWideStage + kWideW, 16);
@@ -334,12 +305,12 @@ __device__ __forceinline__ void multiply(float (&acc)[128], wide_shared &sh, uin
         wgmma_commit();
         wgmma_wait<1>();
         if (kb > 0 && tid < CLUSTER)
-            bar_arrive(&sh.empty[(it + kWideStages - 1) % kWideStages], tid);
+            mbar_arrive_at(of_rank(smem_u32(&sh.empty[(it + kWideStages - 1) % kWideStages]), tid));
     }
     wgmma_wait<0>();
     wgmma_hold(acc);
     if (tid < CLUSTER)
-        bar_arrive(&sh.empty[(it + kWideStages - 1) % kWideStages], tid);
+        mbar_arrive_at(of_rank(smem_u32(&sh.empty[(it + kWideStages - 1) % kWideStages]), tid));
     *count = it;
 }
 
@@ -471,17 +442,17 @@ __global__ void __launch_bounds__(384, 1) wide_kernel(const __grid_constant__ CU
     pdl_launch();
     if (threadIdx.x == 0) {
         for (int s = 0; s < kWideStages; s++) {
-            bar_init(&sh.full[s], GATHER ? 129 : 1);
-            bar_init(&sh.empty[s], 2 * CLUSTER);
+            mbar_init(smem_u32(&sh.full[s]), GATHER ? 129 : 1);
+            mbar_init(smem_u32(&sh.empty[s]), 2 * CLUSTER);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        mbar_publish();
     }
     meet<CLUSTER>();
     pdl_wait();
     const int n_tiles = GROUPED ? a.g.tiles[a.g.groups] : a.m_tiles * a.t_tiles;
     const int warp = threadIdx.x >> 5;
     if (warp < 4) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        registers_down<56>();
         if (GATHER)
             produce_gathered(&mw, a, sh, smem, n_tiles);
         else if (warp == 0)
@@ -489,7 +460,7 @@ __global__ void __launch_bounds__(384, 1) wide_kernel(const __grid_constant__ CU
         else if (GROUPED && warp == 1)
             find_tiles(a, sh, CLUSTER, n_tiles);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        registers_up<224>();
         const int wg = (threadIdx.x >> 7) - 1, ku = (a.g.k + 63) / 64;
         const uint32_t part = smem + kWideStages * kWideStage + wg * kWidePart;
         float acc[128];
@@ -498,7 +469,7 @@ __global__ void __launch_bounds__(384, 1) wide_kernel(const __grid_constant__ CU
             wide_tile t;
             int32_t d[16];
             if (GROUPED) {
-                bar_wait(&sh.full[it % kWideStages], it / kWideStages & 1);
+                mbar_wait(smem_u32(&sh.full[it % kWideStages]), it / kWideStages & 1);
                 t = sh.ring[j % kWideRing];
                 if (GATHER && t.n == 0)
                     break;

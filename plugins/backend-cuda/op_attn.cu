@@ -6,7 +6,10 @@
  * Running softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; tiling: Dao 2023, arXiv:2307.08691.
  */
 #include "wgmma.cuh"
+#include <cuda.h>
 #include <errno.h>
+#include <limits.h>
+#include <stdio.h>
 
 namespace {
 
@@ -221,8 +224,20 @@ __global__ void __launch_bounds__(kDecWarps * 32) decode_kernel(const attn_args 
         else
             load_kv16(a, table, kvh, p0, sp.end, smem_u32(to), lane);
     };
-    /* The step's own key is written by the kernel before this one, so nothing is read yet; but it may come as far as the L2. */
-    for (int i = 0; i < 2 && i < n; i++) {
+    /* The step's own key is written by the kernel before this one, so a warp that has it among its first only brings them as far as
+     * the L2; the others start copying. */
+    const bool early = !QUANT && sp.lo + (sp.b0 + warp + min(n, kDecStages - 1) * kDecWarps - kDecWarps + 1) * kDecTok < sp.end;
+    auto fill_first = [&]() {
+#pragma unroll
+        for (int i = 0; i < kDecStages - 1; i++) {
+            if (i < n)
+                fill(i);
+            cp_commit();
+        }
+    };
+    if (early)
+        fill_first();
+    else for (int i = 0; i < kDecStages - 1 && i < n; i++) {
         const int mine = min(sp.lo + (sp.b0 + warp + i * kDecWarps) * kDecTok + (lane & 15), sp.end - 1);
         const char *e = entry_of(a, table, mine) + (size_t)(kvh + (lane >> 4) * a.n_kv) * (QUANT ? kHead : kRow);
         l2_prefetch(e);
@@ -242,12 +257,8 @@ __global__ void __launch_bounds__(kDecWarps * 32) decode_kernel(const attn_args 
             v = *(const uint4 *)(a.q + ((int64_t)t * a.n_q + kvh * a.group + r) * kHead + c * 8);
         *(uint4 *)(attn_smem + swizzled(r, c)) = v;
     }
-#pragma unroll
-    for (int i = 0; i < kDecStages - 1; i++) {
-        if (i < n)
-            fill(i);
-        cp_commit();
-    }
+    if (!early)
+        fill_first();
     __syncthreads();
 
     float o[32][4], m0 = -INFINITY, m1 = -INFINITY, l0 = 0.f, l1 = 0.f;
@@ -263,14 +274,19 @@ __global__ void __launch_bounds__(kDecWarps * 32) decode_kernel(const attn_args 
         cp_wait<kDecStages - 1>();
         __syncwarp();
         const uint32_t ks = smem_u32(ring + i % kDecStages * kDecStage), vs = ks + kDecTok * kRow;
-        float sc[2][4] = {};
+        float sc[2][4] = {}, sd[2][4] = {};        /* two chains of products, since each waits for the one before it */
 #pragma unroll
         for (int kk = 0; kk < 16; kk++) {
             uint32_t af[4], b[4];
             ldsm4(af, qs + swizzled(lane & 15, kk * 2 + (lane >> 4)));
             ldsm4(b, ks + swizzled((lane & 7) + ((lane >> 4) << 3), kk * 2 + ((lane >> 3) & 1)));
-            mma16816(sc[0], af, b[0], b[1]);
-            mma16816(sc[1], af, b[2], b[3]);
+            mma16816(kk & 1 ? sd[0] : sc[0], af, b[0], b[1]);
+            mma16816(kk & 1 ? sd[1] : sc[1], af, b[2], b[3]);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            sc[0][e] += sd[0][e];
+            sc[1][e] += sd[1][e];
         }
         int p0 = sp.lo + (sp.b0 + warp + i * kDecWarps) * kDecTok + (lane & 3) * 2;
         float x0 = -INFINITY, x1 = -INFINITY;
@@ -376,52 +392,82 @@ __global__ void __launch_bounds__(kDecWarps * 32) decode_kernel(const attn_args 
     }
 }
 
-/* Joins the splits of one (sequence, query head). Quarter q of the block takes splits q, q + 4, ...: always the same order. */
+/* Joins the splits of 256 / PARTS values of one (sequence, query head). Groups of 64 / PARTS threads take every (4 PARTS)-th split,
+ * always in the same order, and ask for eight at once. */
+template <int PARTS>
 __global__ void __launch_bounds__(256) combine_kernel(const attn_args a)
 {
-    __shared__ float4 part[4][64];
-    __shared__ float part_l[4];
-    const int h = blockIdx.x, s = blockIdx.y, kvh = h / a.group, r = h % a.group, quarter = threadIdx.x >> 6;
+    const int kGroups = 4 * PARTS, kWide = 64 / PARTS, kAtOnce = 8;
+    __shared__ float4 part[kGroups][kWide];
+    __shared__ float part_m[kGroups], part_l[kGroups];
+    const int h = blockIdx.x, s = blockIdx.y, kvh = h / a.group, r = h % a.group;
+    const int group = threadIdx.x / kWide, at = threadIdx.x % kWide, d = (blockIdx.z * kWide + at) * 4;
     pdl_launch();
     const int t = a.cu[a.seq0 + s];
     const span sp = span_of(a, a.pos[t] + a.pos_shift, 0);
     pdl_wait();
     if (sp.valid == 1)
         return;
-    float m = -INFINITY;
-    for (int z = threadIdx.x & 31; z < sp.valid; z += 32)
-        m = fmaxf(m, work_of(a, s, kvh, z)[a.group * kHead + 2 * r]);
-    m = warp_max(m);
+    float m = -INFINITY, l = 0.f;
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-    float l = 0.f;
-    const int d = (threadIdx.x & 63) * 4;
-#pragma unroll 8
-    for (int z = quarter; z < sp.valid; z += 4) {
-        const float *w = work_of(a, s, kvh, z);
-        float f = exp2f(w[a.group * kHead + 2 * r] - m);
-        float4 v = *(const float4 *)(w + r * kHead + d);
+    for (int z0 = group; z0 < sp.valid; z0 += kGroups * kAtOnce) {
+        float2 ml[kAtOnce];
+        float4 v[kAtOnce];
+        float top = m;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            const int z = z0 + i * kGroups;
+            ml[i] = make_float2(-INFINITY, 0.f);
+            v[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+            if (z < sp.valid) {
+                const float *w = work_of(a, s, kvh, z);
+                ml[i] = *(const float2 *)(w + a.group * kHead + 2 * r);
+                v[i] = *(const float4 *)(w + r * kHead + d);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++)
+            top = fmaxf(top, ml[i].x);
+        float f = exp2f(m - top);           /* a split has keys, so top is finite */
+        sum.x *= f;
+        sum.y *= f;
+        sum.z *= f;
+        sum.w *= f;
+        l *= f;
+        m = top;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            f = exp2f(ml[i].x - m);
+            sum.x += f * v[i].x;
+            sum.y += f * v[i].y;
+            sum.z += f * v[i].z;
+            sum.w += f * v[i].w;
+            l += f * ml[i].y;
+        }
+    }
+    part[group][at] = sum;
+    if (at == 0) {
+        part_m[group] = m;
+        part_l[group] = l;
+    }
+    __syncthreads();
+    if (group > 0)
+        return;
+    for (int g = 1; g < kGroups; g++)
+        m = fmaxf(m, part_m[g]);
+    l = 0.f;
+    sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int g = 0; g < kGroups; g++) {
+        const float f = exp2f(part_m[g] - m);
+        const float4 v = part[g][at];
         sum.x += f * v.x;
         sum.y += f * v.y;
         sum.z += f * v.z;
         sum.w += f * v.w;
-        l += f * w[a.group * kHead + 2 * r + 1];
+        l += f * part_l[g];
     }
-    part[quarter][threadIdx.x & 63] = sum;
-    if ((threadIdx.x & 63) == 0)
-        part_l[quarter] = l;
-    __syncthreads();
-    if (quarter > 0)
-        return;
-    l = part_l[0] + part_l[1] + part_l[2] + part_l[3];
-#pragma unroll
-    for (int q = 1; q < 4; q++) {
-        float4 v = part[q][threadIdx.x];
-        sum.x += v.x;
-        sum.y += v.y;
-        sum.z += v.z;
-        sum.w += v.w;
-    }
-    float inv = 1.f / l;
+    const float inv = 1.f / l;
     store_gated(a, t, h, d, make_float4(sum.x * inv, sum.y * inv, sum.z * inv, sum.w * inv));
 }
 
@@ -431,10 +477,14 @@ const int kPreRows = 128, kPreTok = 64, kPreStage = kPreTok * kRow * 2;
 const int kPreSmem = kPreRows * kRow + 2 * kPreStage + 1024;       /* operands of warpgroup products are aligned to 1024 */
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/* Brings 64 keys (half 0) or values (half 1) from position p0 on into shared memory as panels, with 256 threads; positions from
+/* Keys and values lie in groups of eight rows, each four panels: what one tensor copy brings. */
+const int kGroup = 8 * kRow, kPanel = 8 * 128;
+__device__ __forceinline__ uint32_t grouped_at(int row, int chunk) { return (row >> 3) * kGroup + panel_at<8>(row & 7, chunk); }
+
+/* Brings 64 keys (half 0) or values (half 1) from position p0 on into shared memory in groups, with 256 threads; positions from
  * `end` on become zeros. */
 template <bool QUANT>
-__device__ __forceinline__ void load_panels(const attn_args &a, const int32_t *table, int head, int half, int p0, int end, unsigned char *dst)
+__device__ __forceinline__ void load_groups(const attn_args &a, const int32_t *table, int head, int half, int p0, int end, unsigned char *dst)
 {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     if (!QUANT) {
@@ -445,7 +495,7 @@ __device__ __forceinline__ void load_panels(const attn_args &a, const int32_t *t
 #pragma unroll
         for (int r = 0; r < 8; r++) {
             const char *e = (const char *)__shfl_sync(0xffffffffu, at, r) + lane * 16;
-            cp16(to + panel_at<kPreTok>(warp * 8 + r, lane), e, p0 + warp * 8 + r < end);
+            cp16(to + grouped_at(warp * 8 + r, lane), e, p0 + warp * 8 + r < end);
         }
     } else for (int i = threadIdx.x; i < kPreTok * 16; i += 256) {
         int r = i >> 4, l16 = i & 15, p = p0 + r, vec = head + half * a.n_kv;
@@ -465,68 +515,98 @@ __device__ __forceinline__ void load_panels(const attn_args &a, const int32_t *t
 #pragma unroll
             for (int j = 0; j < 8; j++)
                 v[j] = 0;
-        *(uint4 *)(dst + panel_at<kPreTok>(r, l16 * 2)) = make_uint4(v[0], v[1], v[2], v[3]);
-        *(uint4 *)(dst + panel_at<kPreTok>(r, l16 * 2 + 1)) = make_uint4(v[4], v[5], v[6], v[7]);
+        *(uint4 *)(dst + grouped_at(r, l16 * 2)) = make_uint4(v[0], v[1], v[2], v[3]);
+        *(uint4 *)(dst + grouped_at(r, l16 * 2 + 1)) = make_uint4(v[4], v[5], v[6], v[7]);
     }
 }
 
-/* Scores of a tile to weights: scaled, masked, exponentials in place; m and l move on, f is what older sums shrink by. */
-__device__ __forceinline__ void soften(const attn_args &a, float (&sc)[32], int p0, bool edge, const int *row_pos, float *m, float *l, float *f)
+__device__ __forceinline__ float exp2_fast(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* Scores of a tile to weights: masked at an edge, exponentials in place. m, in powers of two, moves on only once it has fallen 8
+ * behind: a weight is 256 at most and older sums rarely shrink. Returns whether they do, by f. */
+template <int N>
+__device__ __forceinline__ bool soften(const attn_args &a, float (&sc)[N], int p0, bool edge, const int *row_pos, float *m, float *l, float *f)
 {
     const int lane = threadIdx.x & 31;
-    float x[2] = { m[0], m[1] };
     if (edge) {
+        int from[2], to[2];             /* what a row attends, counted from the lane's first key */
 #pragma unroll
-        for (int i = 0; i < 32; i++) {
-            int p = p0 + (i >> 2) * 8 + (lane & 3) * 2 + (i & 1), q = row_pos[(i >> 1) & 1];
-            if (p > q || p < a.first || (a.window > 0 && p <= q - a.window))
+        for (int h = 0; h < 2; h++) {
+            to[h] = row_pos[h] - p0 - (lane & 3) * 2;
+            from[h] = max(a.first - row_pos[h], a.window > 0 ? 1 - a.window : INT_MIN) + to[h];
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int at = (i >> 2) * 8 + (i & 1), h = (i >> 1) & 1;
+            if (at > to[h] || at < from[h])
                 sc[i] = -INFINITY;
         }
     }
+    float x[2][2] = { { sc[0], sc[2] }, { sc[1], sc[3] } };
 #pragma unroll
-    for (int i = 0; i < 32; i++)
-        x[(i >> 1) & 1] = fmaxf(x[(i >> 1) & 1], sc[i]);
+    for (int i = 4; i < N; i++)
+        x[i & 1][(i >> 1) & 1] = fmaxf(x[i & 1][(i >> 1) & 1], sc[i]);
+    bool grew = false;
     float b[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        x[h] = fmaxf(x[h], __shfl_xor_sync(0xffffffffu, x[h], 1));
-        x[h] = fmaxf(x[h], __shfl_xor_sync(0xffffffffu, x[h], 2));
-        b[h] = x[h] == -INFINITY ? 0.f : x[h] * a.scale_log2;
-        f[h] = exp2f(m[h] * a.scale_log2 - b[h]);
-        m[h] = x[h];
-        l[h] *= f[h];
+        float top = fmaxf(x[0][h], x[1][h]);
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2)) * a.scale_log2;
+        f[h] = 1.f;
+        if (top > m[h] + 8.f) {
+            f[h] = exp2_fast(m[h] - top);
+            m[h] = top;
+            l[h] *= f[h];
+            grew = true;
+        }
+        b[h] = m[h] == -INFINITY ? 0.f : -m[h];
     }
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
-        sc[i] = exp2f(fmaf(sc[i], a.scale_log2, -b[(i >> 1) & 1]));
+    for (int i = 0; i < N; i++) {
+        sc[i] = exp2_fast(fmaf(sc[i], a.scale_log2, b[(i >> 1) & 1]));
         l[(i >> 1) & 1] += sc[i];
     }
+    return __any_sync(0xffffffffu, grew);
 }
 
-__device__ __forceinline__ void scores(float (&sc)[32], uint32_t q_s, uint32_t k_s)
+/* Products of 64 queries and 2 N keys. */
+template <int N>
+__device__ __forceinline__ void scores(float (&sc)[N], uint32_t q_s, uint32_t k_s)
 {
 #pragma unroll
     for (int kk = 0; kk < 16; kk++)
-        wgmma_64x64(sc, wgmma_desc(q_s + (kk >> 2) * (kPreRows * 128) + (kk & 3) * 32, 16),
-                    wgmma_desc(k_s + (kk >> 2) * (kPreTok * 128) + (kk & 3) * 32, 16), kk > 0);
+        wgmma_ss(sc, wgmma_desc(q_s + (kk >> 2) * (kPreRows * 128) + (kk & 3) * 32, 16, 1024),
+                 wgmma_desc(k_s + (kk >> 2) * kPanel + (kk & 3) * 32, 16, kGroup), kk > 0);
 }
 
-__device__ __forceinline__ void weigh(float (&o)[128], const uint32_t *pf, uint32_t v_s)
+/* o += weights of 4 N keys times their values. */
+template <int N>
+__device__ __forceinline__ void weigh(float (&o)[128], const uint32_t (&pf)[N], uint32_t v_s)
 {
 #pragma unroll
-    for (int k = 0; k < 4; k++)
-        wgmma_64x256(o, pf + 4 * k, wgmma_desc(v_s + k * 16 * 128, kPreTok * 128));
+    for (int k = 0; k < N / 4; k++)
+        wgmma_64x256(o, pf + 4 * k, wgmma_desc(v_s + k * 2 * kGroup, kPanel, kGroup));
 }
 
-__device__ __forceinline__ void pack_weights(uint32_t *pf, const float (&sc)[32])
+template <int N>
+__device__ __forceinline__ void pack_weights(uint32_t (&pf)[N], const float (&sc)[2 * N])
 {
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-        pf[4 * k] = pack2(sc[8 * k], sc[8 * k + 1]);
-        pf[4 * k + 1] = pack2(sc[8 * k + 2], sc[8 * k + 3]);
-        pf[4 * k + 2] = pack2(sc[8 * k + 4], sc[8 * k + 5]);
-        pf[4 * k + 3] = pack2(sc[8 * k + 6], sc[8 * k + 7]);
-    }
+    for (int i = 0; i < N; i++)
+        pf[i] = pack2(sc[2 * i], sc[2 * i + 1]);
+}
+
+__device__ __forceinline__ void shrink(float (&o)[128], const float *f)
+{
+#pragma unroll
+    for (int d = 0; d < 128; d++)
+        o[d] *= f[(d >> 1) & 1];
 }
 
 /*
@@ -547,13 +627,13 @@ __device__ __forceinline__ void walk_context(const attn_args &a, const int32_t *
     float sc[32], f[2];
     uint32_t pf[16];
 
-    load_panels<QUANT>(a, table, kvh, 0, lo, end, kv);
+    load_groups<QUANT>(a, table, kvh, 0, lo, end, kv);
     cp_commit();
     cp_wait<0>();
     wgmma_publish();
     __syncthreads();
-    load_panels<QUANT>(a, table, kvh, 0, lo + kPreTok, end, kv + kPreStage);
-    load_panels<QUANT>(a, table, kvh, 1, lo, end, kv + half);
+    load_groups<QUANT>(a, table, kvh, 0, lo + kPreTok, end, kv + kPreStage);
+    load_groups<QUANT>(a, table, kvh, 1, lo, end, kv + half);
     cp_commit();
     wgmma_fence();
     scores(sc, q_s, kv_s);
@@ -572,19 +652,16 @@ __device__ __forceinline__ void walk_context(const attn_args &a, const int32_t *
         wgmma_commit();
         weigh(o, pf, kv_s + there + half);
         wgmma_commit();
-        load_panels<QUANT>(a, table, kvh, 0, p0 + kPreTok, end, kv + there);
-        load_panels<QUANT>(a, table, kvh, 1, p0, end, kv + here + half);
+        load_groups<QUANT>(a, table, kvh, 0, p0 + kPreTok, end, kv + there);
+        load_groups<QUANT>(a, table, kvh, 1, p0, end, kv + here + half);
         cp_commit();
         wgmma_wait<1>();
         wgmma_hold(sc);
-        soften(a, sc, p0, is_edge(p0), row_pos, m, l, f);
+        const bool grew = soften(a, sc, p0, is_edge(p0), row_pos, m, l, f);
         wgmma_wait<0>();
         wgmma_hold(o);
-        if (__any_sync(0xffffffffu, f[0] != 1.f || f[1] != 1.f)) {
-#pragma unroll
-            for (int d = 0; d < 128; d++)
-                o[d] *= f[(d >> 1) & 1];
-        }
+        if (grew)
+            shrink(o, f);
         pack_weights(pf, sc);
     }
     cp_wait<0>();
@@ -700,6 +777,69 @@ __device__ __forceinline__ void walk_context(const attn_args &a, const int32_t *
 }
 #endif
 
+/* Rows r0 and r0 + 8 of a tile of n_tok tokens from t0 on, as a warp's sums have them: lane j of four has columns 8 d + 2 j and the
+ * next. For memory two lanes exchange halves, so that each has four columns side by side, of chunk 2 k or 2 k + 1. */
+struct row_place {
+    bool ok[2];
+    const bf16 *gate[2];
+    bf16 *out[2];
+
+    __device__ __forceinline__ row_place(const attn_args &a, int r0, int t0, int n_tok, int kvh)
+    {
+        const int lane = threadIdx.x & 31, col = (lane & 1) * 8 + ((lane >> 1) & 1) * 4;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int r = r0 + h * 8, tok = r / a.group, t = t0 + tok, head = kvh * a.group + r - tok * a.group;
+            ok[h] = tok < n_tok;
+            gate[h] = a.gate + (int64_t)t * a.ld_gate + a.gate_off + head * a.gate_head_stride + col;
+            out[h] = a.out + (int64_t)t * a.ld_out + (int64_t)head * kHead + col;
+        }
+    }
+};
+
+/* Asks for the gates of a row. */
+__device__ __forceinline__ void load_gates(const attn_args &a, const row_place &to, int h, uint2 (&g)[16])
+{
+#pragma unroll
+    for (int k = 0; k < 16; k++)
+        g[k] = a.gate != NULL && to.ok[h] ? *(const uint2 *)(to.gate[h] + k * 16) : make_uint2(0, 0);
+}
+
+/* Divides, gates and stores a row; all lanes take part. */
+__device__ __forceinline__ void store_row(const attn_args &a, const row_place &to, int h, const float (&o)[128], float l, const uint2 (&g)[16])
+{
+    const bool odd = threadIdx.x & 1;
+    l += __shfl_xor_sync(0xffffffffu, l, 1);
+    l += __shfl_xor_sync(0xffffffffu, l, 2);
+    const float inv = l > 0.f ? 1.f / l : 0.f;
+#pragma unroll
+    for (int k = 0; k < 16; k++) {
+        float x[4] = { o[8 * k + 2 * h] * inv, o[8 * k + 2 * h + 1] * inv, o[8 * k + 4 + 2 * h] * inv, o[8 * k + 5 + 2 * h] * inv };
+        if (a.gate != NULL) {
+            const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? g[k].x : g[k].y, 1);
+            const float2 u = unpack2(odd ? other : g[k].x), v = unpack2(odd ? g[k].y : other);
+            x[0] *= sigmoidf(u.x);
+            x[1] *= sigmoidf(u.y);
+            x[2] *= sigmoidf(v.x);
+            x[3] *= sigmoidf(v.y);
+        }
+        const uint32_t u = pack2(x[0], x[1]), v = pack2(x[2], x[3]), other = __shfl_xor_sync(0xffffffffu, odd ? u : v, 1);
+        if (to.ok[h])
+            *(uint2 *)(to.out[h] + k * 16) = odd ? make_uint2(other, v) : make_uint2(u, other);
+    }
+}
+
+__device__ __forceinline__ void store_rows(const attn_args &a, const float (&o)[128], const float *l, int r0, int t0, int n_tok, int kvh)
+{
+    const row_place to(a, r0, t0, n_tok, kvh);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        uint2 g[16];
+        load_gates(a, to, h, g);
+        store_row(a, to, h, o, l[h], g);
+    }
+}
+
 /* Block (query tile from the last, key head, sequence); warp w has rows 16 w .. 16 w + 15. Row r: token r / group, head r % group. */
 template <bool QUANT>
 __global__ void __launch_bounds__(256, 1) prefill_kernel(const attn_args a)
@@ -734,44 +874,355 @@ __global__ void __launch_bounds__(256, 1) prefill_kernel(const attn_args a)
     if (end > lo)
         walk_context<QUANT>(a, table, kvh, lo, end, row_pos, smem, o, m, l);
     cp_wait<0>();
+    store_rows(a, o, l, r0, t0, n_tok, kvh);
+}
+
+/* ---- prefill with a warp that only copies ---------------------------------------------------------------------------- */
+
+/*
+ * The form for bf16 caches on compute capability 9.0. Clusters of two blocks, one a multiprocessor, take pairs of query tiles from a
+ * shared counter; the tiles of a pair follow one another, so both blocks walk the same keys, and each copies half of them to both:
+ * without that, reading the L2 is the limit. In a block warpgroup 0 asks for what the other two multiply, tensor copies into a ring;
+ * those two, 64 rows each, meet nowhere.
+ */
+const int kHopTok = 80, kHopHalf = kHopTok * kRow, kHopStages = 4, kHopThreads = 384;
+const int kHopSmem = kPreRows * kRow + kHopStages * kHopHalf + 1024;
+
+struct hop_args {
+    CUtensorMap q, kv;              /* [token][head][256]; [page][key and value heads][panel][position][64] */
+    attn_args a;
+    int n_seqs;
+    unsigned *ticket;               /* zero between kernels */
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+/* A pair of tiles of queries: n_tok tokens from t0 on, the first at pos0; keys lo .. end - 1 in n tiles from base on. */
+struct hop_pair { int seq, kvh, t0, n_tok, pos0, lo, end, base, n; };
+
+struct hop_shared {
+    uint64_t full[kHopStages], empty[kHopStages], q_full, q_empty, pair_full[2], pair_empty[2];     /* pair_empty: of rank 0 */
+    hop_pair pair[2];               /* seq < 0: no more */
+};
+
+/* Finds the pair of a ticket: sequence by sequence, head by head, the longest first. All of a warp calls it, with rising tickets.
+ * 32 sequences are held at a time, one a lane: n pairs, `sum` with those before it in the group. */
+struct hop_finder {
+    int group, before, n, sum;
+
+    __device__ __forceinline__ void load(const hop_args &p)
+    {
+        const int lane = threadIdx.x & 31, i = group + lane, tokens = kPreRows / p.a.group * 2;
+        n = 0;
+        if (i < p.n_seqs)
+            n = (p.a.cu[p.a.seq0 + i + 1] - p.a.cu[p.a.seq0 + i] + tokens - 1) / tokens * p.a.n_kv;
+        sum = n;
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        l[h] += __shfl_xor_sync(0xffffffffu, l[h], 1);
-        l[h] += __shfl_xor_sync(0xffffffffu, l[h], 2);
-        int r = r0 + h * 8, tok = r / a.group;
-        if (tok >= n_tok || r >= per_tile * a.group)
-            continue;
-        float inv = l[h] > 0.f ? 1.f / l[h] : 0.f;
-        int t = t0 + tok, head = kvh * a.group + r % a.group;
-        bf16 *out = a.out + (int64_t)t * a.ld_out + (int64_t)head * kHead + (lane & 3) * 2;
-        const bf16 *gate = a.gate != NULL ? a.gate + (int64_t)t * a.ld_gate + a.gate_off + head * a.gate_head_stride + (lane & 3) * 2 : NULL;
-#pragma unroll
-        for (int d = 0; d < 32; d++) {
-            float u = o[4 * d + 2 * h] * inv, v = o[4 * d + 2 * h + 1] * inv;
-            if (gate != NULL) {
-                float2 g = unpack2(*(const uint32_t *)(gate + d * 8));
-                u *= sigmoidf(g.x);
-                v *= sigmoidf(g.y);
-            }
-            *(uint32_t *)(out + d * 8) = pack2(u, v);
+        for (int d = 1; d < 32; d <<= 1) {
+            int v = __shfl_up_sync(0xffffffffu, sum, d);
+            sum += lane >= d ? v : 0;
         }
+    }
+
+    /* Gives seq -1 past the last; `before` is then the number of all pairs. */
+    __device__ __forceinline__ hop_pair find(const hop_args &p, int ticket)
+    {
+        const attn_args &a = p.a;
+        hop_pair t = { -1 };
+        int of_group;
+        while (ticket >= before + (of_group = __shfl_sync(0xffffffffu, sum, 31))) {
+            before += of_group;
+            group += 32;
+            if (group >= p.n_seqs)
+                return t;
+            load(p);
+        }
+        const int tokens = kPreRows / a.group * 2, who = __ffs(__ballot_sync(0xffffffffu, before + sum > ticket)) - 1;
+        const int pairs = __shfl_sync(0xffffffffu, n, who) / a.n_kv;
+        const int i = ticket - before - __shfl_sync(0xffffffffu, sum - n, who);
+        t.seq = a.seq0 + group + who;
+        t.kvh = i / pairs;
+        t.t0 = a.cu[t.seq] + (pairs - 1 - i % pairs) * tokens;
+        t.n_tok = min(tokens, a.cu[t.seq + 1] - t.t0);
+        t.pos0 = a.pos[t.t0] + a.pos_shift;             /* positions of a sequence's tokens are consecutive */
+        t.end = t.pos0 + t.n_tok;
+        t.lo = a.window > 0 && t.pos0 - a.window + 1 > a.first ? t.pos0 - a.window + 1 : a.first;
+        t.base = t.lo & -8;
+        t.n = t.end > t.lo ? (t.end - t.base + kHopTok - 1) / kHopTok : 0;
+        return t;
+    }
+};
+
+/* One warp of each block. Ring order is the order of use: K 0, K 1, V 0, K 2, V 1, ... */
+__device__ __forceinline__ void hop_produce(const hop_args &p, hop_shared &sh, uint32_t smem)
+{
+    const attn_args &a = p.a;
+    const int lane = threadIdx.x & 31, rank = cluster_rank(), rows = kPreRows / a.group * a.group;
+    const bool copies = lane < kHopTok / 16;            /* lanes of a block's share: every second group of eight keys */
+    const uint32_t ring = smem + kPreRows * kRow;
+    struct place { int page, at; };                     /* of this lane's group in one tile of keys */
+    hop_finder finder = {};
+    if (rank == 0)
+        finder.load(p);
+    pdl_wait();
+    int c = 0, nq = 0, ticket = blockIdx.x >> 1;
+    unsigned got = 0;
+    for (int it = 0;; it++) {
+        const uint32_t full = smem_u32(&sh.pair_full[it & 1]), empty = smem_u32(&sh.pair_empty[it & 1]);
+        hop_pair t;
+        if (rank == 0) {
+            t = finder.find(p, ticket);
+            mbar_wait(empty, ((it >> 1) & 1) ^ 1);
+            if (lane < 2) {
+                const uint32_t to = of_rank(smem_u32(&sh.pair[it & 1]), lane);
+                const int word[9] = { t.seq, t.kvh, t.t0, t.n_tok, t.pos0, t.lo, t.end, t.base, t.n };
+#pragma unroll
+                for (int k = 0; k < 9; k++)
+                    cluster_store(to + k * 4, word[k]);
+                mbar_arrive_written(of_rank(full, lane));
+            }
+        } else {
+            mbar_wait_written(full, (it >> 1) & 1);
+            t = sh.pair[it & 1];
+            __syncwarp();
+            if (lane == 0)
+                mbar_arrive_at(of_rank(empty, 0));
+        }
+        if (t.seq < 0) {
+            if (rank == 0 && lane == 0 && it > 0 && got == (unsigned)finder.before - 1)
+                *p.ticket = 0;      /* each pair drew one number: this was the last */
+            break;
+        }
+        if (rank == 0 && lane == 0)
+            got = atomicAdd(p.ticket, 1u);
+        const int32_t *table = a.table + (int64_t)t.seq * a.table_stride;
+        auto look = [&](int i) {
+            place w = {};
+            if (copies) {
+                /* Past the end the last group comes again: its keys are masked, its values cleared. */
+                int pos = min(t.base + i * kHopTok + (lane * 2 + rank) * 8, (t.end - 1) & -8);
+                int page = a.page_shift >= 0 ? pos >> a.page_shift : pos / a.page_tokens;
+                w.at = pos - page * a.page_tokens;
+                w.page = table[page];
+            }
+            return w;
+        };
+        auto copy = [&](const place &w, int half) {
+            const int slot = c % kHopStages;
+            const uint32_t bar = smem_u32(&sh.full[slot]);
+            mbar_wait(smem_u32(&sh.empty[slot]), ((c / kHopStages) & 1) ^ 1);
+            if (lane == 0)
+                mbar_expect(bar, kHopHalf);
+            __syncwarp();
+            if (copies)
+                tensor_copy_to(ring + slot * kHopHalf + (lane * 2 + rank) * kGroup, &p.kv, bar, 3, 0, w.at, 0, t.kvh + half * a.n_kv, w.page);
+            c++;
+        };
+        if (t.n > 0) {
+            place next = look(0), now = {};
+            mbar_wait(smem_u32(&sh.q_empty), (nq++ & 1) ^ 1);
+            if (lane == 0)
+                mbar_expect(smem_u32(&sh.q_full), rows * kRow);
+            __syncwarp();
+            if (lane < 4)
+                tensor_copy(smem + lane * (kPreRows * 128), &p.q, smem_u32(&sh.q_full), lane * 64, t.kvh * a.group, t.t0 + rank * (kPreRows / a.group));
+            for (int i = 0; i <= t.n; i++) {
+                const place old = now;
+                now = next;
+                if (i + 1 < t.n)
+                    next = look(i + 1);
+                if (i < t.n)
+                    copy(now, 0);
+                if (i > 0)
+                    copy(old, 1);
+            }
+        }
+        ticket = (int)(gridDim.x >> 1) + (int)__shfl_sync(0xffffffffu, got, 0);
     }
 }
 
+/* Values of positions outside lo .. end - 1 become zeros: their weights are zero, but 0 * garbage may be NaN. Both warpgroups write
+ * them, each before its own product. */
+__device__ __forceinline__ void hop_clear(unsigned char *v, int p0, int lo, int end, int wg)
+{
+    for (int i = threadIdx.x & 127; i < kHopTok * 32; i += 128) {
+        const int pos = p0 + (i >> 5);
+        if (pos < lo || pos >= end)
+            *(uint4 *)(v + grouped_at(i >> 5, i & 31)) = make_uint4(0, 0, 0, 0);
+    }
+    wgmma_publish();
+    bar_sync(1 + wg, 128);
+}
+
+/* Warpgroup wg of two: rows 64 wg .. 64 wg + 63 of every tile. */
+__device__ __forceinline__ void hop_consume(const hop_args &p, hop_shared &sh, unsigned char *smem, int wg)
+{
+    const attn_args &a = p.a;
+    const int lane = threadIdx.x & 31, r0 = wg * 64 + ((threadIdx.x >> 5) & 3) * 16 + (lane >> 2);
+    const int per_tile = kPreRows / a.group, ahead = (int)cluster_rank() * per_tile;
+    const uint32_t q_s = smem_u32(smem) + wg * 64 * 128;
+    unsigned char *ring = smem + kPreRows * kRow;
+    auto wait_slot = [&](int c) { mbar_wait(smem_u32(&sh.full[c % kHopStages]), (c / kHopStages) & 1); };
+    auto release_slot = [&](int c) {
+        __syncwarp();
+        if (lane < 2)
+            mbar_arrive_at(of_rank(smem_u32(&sh.empty[c % kHopStages]), lane));
+    };
+    int c = 0, nq = 0;
+    for (int it = 0;; it++) {
+        mbar_wait_written(smem_u32(&sh.pair_full[it & 1]), (it >> 1) & 1);
+        const hop_pair &t = sh.pair[it & 1];
+        if (t.seq < 0)
+            break;
+        float o[128], sc[kHopTok / 2], m[2] = { -INFINITY, -INFINITY }, l[2] = { 0.f, 0.f }, f[2];
+        uint32_t pf[kHopTok / 4];
+        uint2 g[16];
+#pragma unroll
+        for (int d = 0; d < 128; d++)
+            o[d] = 0.f;
+        const int n = t.n;
+        if (n > 0) {
+            const int pos0 = t.pos0 + ahead, row_pos[2] = { pos0 + r0 / a.group, pos0 + (r0 + 8) / a.group };
+            /* Rows of the warp in order of position: its first and last decide whether any pair is masked. */
+            const int first = __shfl_sync(0xffffffffu, row_pos[0], 0), last = __shfl_sync(0xffffffffu, row_pos[1], 31);
+            const int from = max(a.first, a.window > 0 ? last - a.window + 1 : 0);
+            auto is_edge = [&](int p0) { return p0 + kHopTok - 1 > first || p0 < from; };
+            int p0 = t.base;
+            mbar_wait(smem_u32(&sh.q_full), nq++ & 1);
+            wait_slot(c);
+            wgmma_fence();
+            scores(sc, q_s, smem_u32(ring + c % kHopStages * kHopHalf));
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_hold(sc);
+            release_slot(c);
+            c++;
+            soften(a, sc, p0, is_edge(p0), row_pos, m, l, f);
+            pack_weights(pf, sc);
+            for (int i = 1; i < n; i++) {
+                p0 += kHopTok;
+                if (i == 1 && t.base < t.lo) {
+                    wait_slot(c + 1);
+                    hop_clear(ring + (c + 1) % kHopStages * kHopHalf, t.base, t.lo, t.end, wg);
+                }
+                wait_slot(c);
+                wgmma_fence();
+                scores(sc, q_s, smem_u32(ring + c % kHopStages * kHopHalf));
+                wgmma_commit();
+                wait_slot(c + 1);
+                wgmma_fence();
+                weigh(o, pf, smem_u32(ring + (c + 1) % kHopStages * kHopHalf));
+                wgmma_commit();
+                wgmma_wait<1>();
+                wgmma_hold(sc);
+                release_slot(c);
+                const bool grew = soften(a, sc, p0, is_edge(p0), row_pos, m, l, f);
+                wgmma_wait<0>();
+                wgmma_hold(o);
+                release_slot(c + 1);
+                c += 2;
+                if (grew)
+                    shrink(o, f);
+                pack_weights(pf, sc);
+            }
+            __syncwarp();
+            if (lane == 0)
+                mbar_arrive(smem_u32(&sh.q_empty));
+            const row_place to(a, r0, t.t0 + ahead, min(t.n_tok - ahead, per_tile), t.kvh);
+            load_gates(a, to, 0, g);
+            wait_slot(c);
+            if (p0 + kHopTok > t.end || p0 < t.lo)
+                hop_clear(ring + c % kHopStages * kHopHalf, p0, t.lo, t.end, wg);
+            wgmma_fence();
+            weigh(o, pf, smem_u32(ring + c % kHopStages * kHopHalf));
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_hold(o);
+            release_slot(c);
+            c++;
+            uint2 g1[16];
+            load_gates(a, to, 1, g1);
+            store_row(a, to, 0, o, l[0], g);
+            store_row(a, to, 1, o, l[1], g1);
+        } else {
+            store_rows(a, o, l, r0, t.t0 + ahead, min(t.n_tok - ahead, per_tile), t.kvh);
+        }
+        __syncwarp();
+        if (lane == 0)
+            mbar_arrive_at(of_rank(smem_u32(&sh.pair_empty[it & 1]), 0));
+    }
+}
+
+__global__ void __cluster_dims__(2) __launch_bounds__(kHopThreads, 1) prefill_hopper_kernel(const __grid_constant__ hop_args p)
+{
+    extern __shared__ __align__(128) unsigned char attn_smem[];
+    __shared__ hop_shared sh;
+    unsigned char *smem = attn_smem + (-smem_u32(attn_smem) & 1023);
+    pdl_launch();
+    if (threadIdx.x == 0) {
+        tensor_prefetch_map(&p.q);
+        tensor_prefetch_map(&p.kv);
+        for (int i = 0; i < kHopStages; i++) {
+            mbar_init(smem_u32(&sh.full[i]), 1);
+            mbar_init(smem_u32(&sh.empty[i]), 16);      /* warps that multiply, of both blocks */
+        }
+        mbar_init(smem_u32(&sh.q_full), 1);
+        mbar_init(smem_u32(&sh.q_empty), 8);
+        for (int i = 0; i < 2; i++) {
+            mbar_init(smem_u32(&sh.pair_full[i]), 1);
+            mbar_init(smem_u32(&sh.pair_empty[i]), 17);     /* the same, and the copying warp of rank 1 */
+        }
+        mbar_publish();
+    }
+    cluster_sync();
+    if (threadIdx.x < 128) {
+        registers_down<40>();
+        if (threadIdx.x < 32)
+            hop_produce(p, sh, smem_u32(smem));
+    } else {
+        registers_up<232>();
+        pdl_wait();
+        hop_consume(p, sh, smem, (threadIdx.x >> 7) - 1);
+    }
+    __syncwarp();
+    cluster_sync();         /* the other block still arrives at this one's barriers */
+}
+#else
+/* The launch bound tells the host that this code has no such form. */
+__global__ void __launch_bounds__(32) prefill_hopper_kernel(const __grid_constant__ hop_args) {}
+#endif
+
 /* ---- launch ---------------------------------------------------------------------------------------------------------- */
+
+/* How many splits of n_blocks blocks of keys take the least time when `slots` (two per multiprocessor) run at once: rounds times
+ * the blocks of a split and what it costs beside them, about four blocks. */
+int splits_for(int64_t pairs, int n_blocks, int slots)
+{
+    const int beside = 4, least = 4, most = (int)ceil_div(n_blocks, least);
+#ifndef ATT_MINSPLIT
+#define ATT_MINSPLIT 1
+#endif
+    int best = 1;
+    int64_t best_cost = INT64_MAX;
+    for (int n = ATT_MINSPLIT; n <= most && (n == ATT_MINSPLIT || pairs * n <= 8 * slots); n++) {
+        int64_t cost = ceil_div(pairs * n, slots) * (ceil_div(n_blocks, n) + beside);
+        if (cost < best_cost) {
+            best = n;
+            best_cost = cost;
+        }
+    }
+    return best;
+}
 
 template <bool QUANT>
 int run_decode(arle_device *dev, cudaStream_t st, attn_args a, int n_rows, int max_ctx)
 {
-    /* Two blocks per multiprocessor fill the machine; in deterministic mode the cut depends on the position alone. */
     const int det_blocks = 64;
-    if (dev->deterministic) {
+    if (dev->deterministic) {           /* the cut depends on the position alone */
         a.split_blocks = det_blocks;
         a.n_splits = (int)ceil_div(max_ctx, det_blocks * kDecTok);
     } else {
-        a.n_splits = (int)ceil_div(2 * dev->n_sm, (int64_t)n_rows * a.n_kv);
-        int most = (int)ceil_div(max_ctx, 4 * kDecTok);
-        a.n_splits = a.n_splits > most ? most : a.n_splits;
+        a.n_splits = splits_for((int64_t)n_rows * a.n_kv, (int)ceil_div(max_ctx, kDecTok), 2 * dev->n_sm);
     }
     if (a.n_splits < 1)
         a.n_splits = 1;
@@ -786,11 +1237,72 @@ int run_decode(arle_device *dev, cudaStream_t st, attn_args a, int n_rows, int m
         bump(dev, COUNT_ATTN_DECODE);
         int r = launch(dev, st, decode_kernel<QUANT>, dim3(a.n_splits, a.n_kv, rows), dim3(kDecWarps * 32), kDecSmem, b);
         if (r == 0 && a.n_splits > 1)
-            r = launch(dev, st, combine_kernel, dim3(a.n_q, rows), dim3(256), 0, b);
+            r = dev->deterministic || a.n_splits > 16
+                ? launch(dev, st, combine_kernel<4>, dim3(a.n_q, rows, 4), dim3(256), 0, b)
+                : launch(dev, st, combine_kernel<1>, dim3(a.n_q, rows), dim3(256), 0, b);
         if (r < 0)
             return r;
     }
     return 0;
+}
+
+/* The driver's function that describes a tensor to the copy engine; NULL where the driver has none. */
+typedef CUresult (*tensor_map_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                                  const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+tensor_map_fn tensor_map_entry()
+{
+    void *fn = NULL;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000, cudaEnableDefault, &found);
+#else
+    cudaError_t e = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &fn, cudaEnableDefault, &found);
+#endif
+#ifdef ATT_DEBUG
+    fprintf(stderr, "entry %d %d %p\n", e, found, fn);
+#endif
+    return e == cudaSuccess && found == cudaDriverEntryPointSuccess ? (tensor_map_fn)fn : NULL;
+}
+
+/* bf16 tensor of boxes that are 64 wide, in panels as wgmma.cuh has them. */
+bool tensor_map(tensor_map_fn encode, CUtensorMap *map, const void *base, int n_dims, const cuuint64_t *dim, const cuuint64_t *stride, const cuuint32_t *box)
+{
+    const cuuint32_t step[5] = { 1, 1, 1, 1, 1 };
+    return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, n_dims, const_cast<void *>(base), dim, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+/* Launches the form with tensor copies; 1 where it does not apply: other devices, pages that are no multiple of 8 positions. */
+int run_hopper(arle_device *dev, cudaStream_t st, const attn_args &a, const arle_batch *b)
+{
+    static const tensor_map_fn encode = tensor_map_entry();
+    cudaFuncAttributes fa;
+    if (dev->cc != 90 || encode == NULL || a.page_tokens % 8 != 0)
+        return 1;
+    CUDA_TRY(dev, cudaFuncGetAttributes(&fa, prefill_hopper_kernel));
+    if (fa.maxThreadsPerBlock != kHopThreads)
+        return 1;
+    hop_args p;
+    memset(&p, 0, sizeof p);
+    p.a = a;
+    p.n_seqs = (int)(b->n_seqs - b->n_decode);
+    p.ticket = dev->tickets;
+    const cuuint64_t q_dim[3] = { kHead, (cuuint64_t)a.n_q, b->n_tokens }, q_stride[2] = { kRow, (cuuint64_t)a.n_q * kRow };
+    const cuuint32_t q_box[3] = { 64, (cuuint32_t)a.group, (cuuint32_t)(kPreRows / a.group) };
+    /* How many pages there are is not known here; any that the table names is there. */
+    const cuuint64_t kv_dim[5] = { 64, (cuuint64_t)a.page_tokens, 4, 2 * (cuuint64_t)a.n_kv, 1u << 31 };
+    const cuuint64_t kv_stride[4] = { a.entry_stride, 128, kRow, a.page_stride };
+    const cuuint32_t kv_box[5] = { 64, 8, 4, 1, 1 };
+    if (!tensor_map(encode, &p.q, a.q, 3, q_dim, q_stride, q_box) || !tensor_map(encode, &p.kv, a.kv + a.kv_offset, 5, kv_dim, kv_stride, kv_box))
+#ifdef ATT_DEBUG
+        return fprintf(stderr, "no tensor map, page %d stride %zu\n", a.page_tokens, a.page_stride), 1;
+    fprintf(stderr, "hopper %d\n", a.page_tokens);
+#else
+        return 1;
+#endif
+    const int64_t pairs = ceil_div(b->max_new, kPreRows / a.group * 2) * a.n_kv * p.n_seqs, most = dev->n_sm / 2;
+    return launch(dev, st, prefill_hopper_kernel, dim3((unsigned)(pairs < most ? pairs : most) * 2), dim3(kHopThreads), kHopSmem, p);
 }
 
 template <bool QUANT>
@@ -803,6 +1315,8 @@ int run(arle_device *dev, cudaStream_t st, attn_args a, const arle_batch *b)
         return r;
     a.seq0 = (int)b->n_decode;
     bump(dev, COUNT_ATTN_PREFILL);
+    if (!QUANT && (r = run_hopper(dev, st, a, b)) <= 0)
+        return r;
     return launch(dev, st, prefill_kernel<QUANT>, dim3((unsigned)ceil_div(b->max_new, kPreRows / a.group), a.n_kv, b->n_seqs - b->n_decode),
                   dim3(256), kPreSmem, a);
 }

@@ -1076,25 +1076,11 @@ size_t tile_scratch(const gdn_args *a, int n_tokens)
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-__device__ __forceinline__ void mbar_init(uint32_t bar, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory"); }
-__device__ __forceinline__ void mbar_arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
-__device__ __forceinline__ void mbar_expect(uint32_t bar, int bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-
-/* With a time to sleep for: without it the waiting warps ask again every few dozen cycles and take the issue slots of the others. */
-__device__ __forceinline__ void mbar_wait(uint32_t bar, int parity)
+/* mbar_wait with a time to sleep for: without it the waiting warps ask again every few dozen cycles and take the issue slots of the others. */
+__device__ __forceinline__ void mbar_sleep(uint32_t bar, int parity)
 {
     asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1, %2;\n@p bra done;\nbra again;\ndone:\n}\n"
                  ::"r"(bar), "r"(parity), "r"(10000000) : "memory");
-}
-
-__device__ __forceinline__ uint32_t of_block(uint32_t addr, int rank)
-{
-    uint32_t r;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
-    return r;
 }
 
 /* One arrival of a warp, after all of its lanes have come here. */
@@ -1392,7 +1378,7 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
     wgmma_fence();
 #pragma unroll
     for (int ks = 0; ks < 8; ks++)
-        wgmma_64x64(d, panel_step(panels(kq + wg * kTile), ks), panel_step(panels(kq), ks), ks > 0);
+        wgmma_ss(d, panel_step(panels(kq + wg * kTile), ks), panel_step(panels(kq), ks), ks > 0);
     wgmma_commit();
     if (w == 3 && wg < heads)
         sum_gates(gam + wg * 64, decay + wg * 2 * kChunk, lane);
@@ -1476,14 +1462,14 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
     /* What chunk c needs beside S is taken while the products of the one before run: values, then tiles and a place for its state. */
     float last = 1.f;
     auto take_values = [&](int c) {
-        mbar_wait(smem_u32(&k.bars->v_full[c & 1]), (c >> 1) & 1);
+        mbar_sleep(smem_u32(&k.bars->v_full[c & 1]), (c >> 1) & 1);
 #pragma unroll
         for (int j = 0; j < 8; j += 2)
             ldsm4t(vw + 2 * j, k.v + (c & 1) * kColTile + at64((j + right) * 8 + (lane & 7), w * 2 + ((lane >> 3) & 1)));
         warp_arrive(smem_u32(&k.bars->v_empty[c & 1]));
     };
     auto take_tiles = [&](int at, int phase) {
-        mbar_wait(smem_u32(&k.bars->full[at]), phase);
+        mbar_sleep(smem_u32(&k.bars->full[at]), phase);
         asm volatile("ld.shared.f32 %0, [%1];" : "=f"(last)
                      : "r"(k.stage + at * kStage + kKQ + 2 * kChunk * kChunk * 2 + (kChunk - 1) * 4));
     };
@@ -1539,7 +1525,7 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
             vw[2 * j] = pack2(x[4 * j], x[4 * j + 1]);
             vw[2 * j + 1] = pack2(x[4 * j + 2], x[4 * j + 3]);
         }
-        mbar_wait(smem_u32(&k.bars->d_empty), (c & 1) ^ 1);
+        mbar_sleep(smem_u32(&k.bars->d_empty), (c & 1) ^ 1);
         wgmma_fence();
 #pragma unroll
         for (int ks = 0; ks < 4; ks++) {
@@ -1561,7 +1547,7 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
             }
             take_tiles(at, phase);
         }
-        mbar_wait(smem_u32(&k.bars->s_empty), c & 1);
+        mbar_sleep(smem_u32(&k.bars->s_empty), c & 1);
         wgmma_wait<0>();
         wgmma_hold(st);
         warp_arrive(smem_u32(&k.bars->empty[here]));
@@ -1591,15 +1577,15 @@ template <bool SPLIT> __device__ __forceinline__ void walk_outputs(const gdn_arg
             ask(c, c);
     for (int c = 0, at = 0, phase = 0; c < k.n_chunks; c++) {
         const uint32_t q_s = k.stage + at * kStage + kTile, p_s = q_s + kTile + kChunk * kChunk * 2;
-        mbar_wait(smem_u32(&k.bars->full[at]), phase);
+        mbar_sleep(smem_u32(&k.bars->full[at]), phase);
         float e0, e1;
         asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e0) : "r"(p_s + kChunk * kChunk * 2 + (w * 16 + (lane >> 2)) * 4));
         asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e1) : "r"(p_s + kChunk * kChunk * 2 + (w * 16 + (lane >> 2) + 8) * 4));
-        mbar_wait(smem_u32(&k.bars->s_full), c & 1);
+        mbar_sleep(smem_u32(&k.bars->s_full), c & 1);
         wgmma_fence();
 #pragma unroll
         for (int ks = 0; ks < 8; ks++)
-            wgmma_64x64(o, panel_step(panels(q_s), ks), panel_step(panels(k.state), ks), ks > 0);
+            wgmma_ss(o, panel_step(panels(q_s), ks), panel_step(panels(k.state), ks), ks > 0);
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_hold(o);
@@ -1607,17 +1593,17 @@ template <bool SPLIT> __device__ __forceinline__ void walk_outputs(const gdn_arg
 #pragma unroll
         for (int i = 0; i < 32; i++)
             o[i] *= i & 2 ? e1 : e0;
-        mbar_wait(smem_u32(&k.bars->d_full), c & 1);
+        mbar_sleep(smem_u32(&k.bars->d_full), c & 1);
         wgmma_fence();
 #pragma unroll
         for (int ks = 0; ks < 4; ks++)
-            wgmma_64x64(o, panel_step(panels(p_s), ks), panel_step(panels(k.delta), ks), 1);
+            wgmma_ss(o, panel_step(panels(p_s), ks), panel_step(panels(k.delta), ks), 1);
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_hold(o);
         warp_arrive(smem_u32(&k.bars->d_empty));
         warp_arrive(smem_u32(&k.bars->empty[at]));
-        mbar_wait(smem_u32(&k.bars->o_empty[c & 1]), ((c >> 1) & 1) ^ 1);
+        mbar_sleep(smem_u32(&k.bars->o_empty[c & 1]), ((c >> 1) & 1) ^ 1);
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
             const uint32_t r[4] = { pack2(o[4 * j], o[4 * j + 1]), pack2(o[4 * j + 2], o[4 * j + 3]), pack2(o[4 * j + 4], o[4 * j + 5]),
@@ -1628,7 +1614,7 @@ template <bool SPLIT> __device__ __forceinline__ void walk_outputs(const gdn_arg
             wgmma_publish();
         warp_arrive(smem_u32(&k.bars->o_full[c & 1]));
         if (tid == 0 && c + kStages < k.n_chunks) {
-            mbar_wait(smem_u32(&k.bars->empty[at]), phase);
+            mbar_sleep(smem_u32(&k.bars->empty[at]), phase);
             ask(c + kStages, at);
         }
         if (++at == kStages) {
@@ -1681,7 +1667,7 @@ template <bool SPLIT> __device__ __forceinline__ void walk_values(const gdn_args
             asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(from + i * 128));
             return unpack2(v);
         };
-        mbar_wait(smem_u32(&k.bars->v_empty[c & 1]), ((c >> 1) & 1) ^ 1);
+        mbar_sleep(smem_u32(&k.bars->v_empty[c & 1]), ((c >> 1) & 1) ^ 1);
         float2 h0 = token(0), h1 = token(1), h2 = token(2);
 #pragma unroll
         for (int i = 0; i < 16; i += 4) {
@@ -1727,7 +1713,7 @@ template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &
     const float4 wa = w4[0], wb = w4[1];
     const float wn[8] = { wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w };
     const uint32_t sums = smem_u32(k.sums) + (first * 2 * kChunk + row0 * 4) * 4, peer = smem_u32(&k.bars->peer[first]);
-    const uint32_t far_sums = SPLIT ? 0 : of_block(sums, k.cb ^ 1), far_peer = SPLIT ? 0 : of_block(peer, k.cb ^ 1);
+    const uint32_t far_sums = SPLIT ? 0 : of_rank(sums, k.cb ^ 1), far_peer = SPLIT ? 0 : of_rank(peer, k.cb ^ 1);
     unsigned char *posted = a.sums + ((int64_t)blockIdx.z * a.n_v + k.h) * kSums + row0 * 32;
     const uint32_t from = k.o + first * kColTile + at64(row0, piece);
     uint4 zv[4];
@@ -1741,7 +1727,7 @@ template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &
     for (int c = first; c < k.n_chunks; c += 2) {
         uint4 ov[4];
         float ss[4];
-        mbar_wait(smem_u32(&k.bars->o_full[first]), (c >> 1) & 1);
+        mbar_sleep(smem_u32(&k.bars->o_full[first]), (c >> 1) & 1);
 #pragma unroll
         for (int p = 0; p < 4; p++)
             asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(ov[p].x), "=r"(ov[p].y), "=r"(ov[p].z), "=r"(ov[p].w)
@@ -1785,7 +1771,7 @@ template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &
             if (piece == 0)
                 asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
                              ::"r"(far_sums + slot), "f"(ss[0]), "f"(ss[1]), "f"(ss[2]), "f"(ss[3]), "r"(far_peer) : "memory");
-            mbar_wait(peer, (c >> 1) & 1);
+            mbar_sleep(peer, (c >> 1) & 1);
             asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                          : "=f"(far[0]), "=f"(far[1]), "=f"(far[2]), "=f"(far[3]) : "r"(sums + slot));
             /* Only now: were the next outputs there already, the barrier could complete its next phase before a slow warp has seen this
@@ -1846,16 +1832,15 @@ __device__ __forceinline__ void walk_relay(const walk &k, int other, uint32_t ti
             const int slot = c & 1, parity = (c >> 1) & 1;
             if (warp == 0) {
                 const uint32_t src = tile + slot * kColTile;
-                mbar_wait(smem_u32(sent + slot), parity);
+                mbar_sleep(smem_u32(sent + slot), parity);
                 asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                             ::"r"(of_block(src, other)), "r"(src), "r"(kColTile), "r"(of_block(smem_u32(sent + slot), other)) : "memory");
+                             ::"r"(of_rank(src, other)), "r"(src), "r"(kColTile), "r"(of_rank(smem_u32(sent + slot), other)) : "memory");
             } else if (warp == 1) {
-                mbar_wait(smem_u32(back + slot), parity);
-                asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];"
-                             ::"r"(of_block(smem_u32(back + slot), other)) : "memory");
+                mbar_sleep(smem_u32(back + slot), parity);
+                mbar_arrive_written(of_rank(smem_u32(back + slot), other));
             } else if (warp == 2) {
                 if (c >= 2)
-                    mbar_wait(smem_u32(got + slot), parity ^ 1);
+                    mbar_sleep(smem_u32(got + slot), parity ^ 1);
                 mbar_expect(smem_u32(got + slot), kColTile);
             }
         }
@@ -1905,9 +1890,9 @@ template <bool SPLIT> __device__ __forceinline__ void walk_block(const gdn_args 
         init(bars->s_empty, 4);
         init(bars->d_full, 4);
         init(bars->d_empty, 4);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        mbar_publish();
     }
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    cluster_sync();
     const int role = threadIdx.x >> 7;
     auto gate = [&] {
         walk_gate<SPLIT>(a, k, role - 3);
@@ -1923,24 +1908,24 @@ template <bool SPLIT> __device__ __forceinline__ void walk_block(const gdn_args 
         else
             gate();
     } else if (role == 0) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
+        registers_up<192>();
         walk_state(a, k);
     } else if (role == 1) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+        registers_down<64>();
         walk_outputs<SPLIT>(a, k);
     } else if (role == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+        registers_down<64>();
         if (SPLIT)
             walk_relay(k, 1, k.o, bars->o_full, bars->v_full, bars->v_empty);
         else
             walk_values<SPLIT>(a, k, 0, 1, raw);
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
+        registers_down<80>();
         if (!SPLIT)
             gate();
     }
     if (SPLIT)      /* blocks of a cluster write into each other's memory, so none may go before the last */
-        asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+        cluster_sync();
 }
 
 #endif

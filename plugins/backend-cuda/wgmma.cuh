@@ -1,6 +1,7 @@
 /*
  * Warpgroup matrix products of compute capability 9.0 (wgmma), bf16 in and f32 sums, for operands in shared memory as panels:
- * 64 columns of every row (128 bytes) together, 16-byte pieces swizzled by the row. Exists only in code built for sm_90a.
+ * 64 columns of every row (128 bytes) together, 16-byte pieces swizzled by the row; and what feeds them: barriers in shared memory
+ * and tensor copies (TMA), which write such panels. Exists only in code built for sm_90a.
  *
  * A product runs while the warpgroup goes on: between its start and wgmma_wait its sums and its register operand must not be
  * touched, and wgmma_hold must name the sums right after the wait, or the compiler may move reads of them before it.
@@ -18,10 +19,10 @@ template <int ROWS> static __device__ __forceinline__ uint32_t panel_at(int row,
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-/* 128-byte swizzle, 1024 bytes between groups of eight rows; `lead`: bytes between panels, used when rows are the inner dimension. */
-static __device__ __forceinline__ uint64_t wgmma_desc(uint32_t addr, uint32_t lead)
+/* 128-byte swizzle. lead: bytes between panels, used when rows are the inner dimension; step: between groups of eight rows. */
+static __device__ __forceinline__ uint64_t wgmma_desc(uint32_t addr, uint32_t lead, uint32_t step = 1024)
 {
-    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)(lead >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)(lead >> 4) << 16 | (uint64_t)(step >> 4) << 32 | (uint64_t)1 << 62;
 }
 
 static __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -38,7 +39,7 @@ template <int N> static __device__ __forceinline__ void wgmma_hold(float (&d)[N]
 }
 
 /* d (+)= A B^T: A 64 x 16 and B 64 x 16, both in shared memory with the inner dimension contiguous. */
-static __device__ __forceinline__ void wgmma_64x64(float (&d)[32], uint64_t a, uint64_t b, int accumulate)
+static __device__ __forceinline__ void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b, int accumulate)
 {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
@@ -49,6 +50,23 @@ static __device__ __forceinline__ void wgmma_64x64(float (&d)[32], uint64_t a, u
                    "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
                    "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
                    "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+                 : "l"(a), "l"(b), "r"(accumulate));
+}
+
+/* d (+)= A B^T: A 64 x 16 and B 80 x 16, both in shared memory with the inner dimension contiguous. */
+static __device__ __forceinline__ void wgmma_ss(float (&d)[40], uint64_t a, uint64_t b, int accumulate)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %42, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+                 " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
+                 " %32, %33, %34, %35, %36, %37, %38, %39}, "
+                 "%40, %41, p, 1, 1, 0, 0;\n}\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+                   "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
                  : "l"(a), "l"(b), "r"(accumulate));
 }
 
@@ -83,6 +101,92 @@ static __device__ __forceinline__ void wgmma_64x256(float (&d)[128], const uint3
                    "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+
+/* ---- barriers in shared memory, clusters, tensor copies -------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint32_t cluster_rank()
+{
+    uint32_t r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+/* All threads of the cluster that have not ended. */
+static __device__ __forceinline__ void cluster_sync()
+{
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+/* The same place in the shared memory of block `rank` of the cluster. */
+static __device__ __forceinline__ uint32_t of_rank(uint32_t addr, uint32_t rank)
+{
+    uint32_t r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
+    return r;
+}
+static __device__ __forceinline__ void cluster_store(uint32_t addr, int v)
+{
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
+}
+
+static __device__ __forceinline__ void mbar_init(uint32_t bar, uint32_t count)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+/* After mbar_init, by the same thread, before the barrier that lets others use them. */
+static __device__ __forceinline__ void mbar_publish() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+static __device__ __forceinline__ void mbar_arrive(uint32_t bar)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+/* Arrives, and `bytes` of copies are to come before the phase ends. */
+static __device__ __forceinline__ void mbar_expect(uint32_t bar, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+/* Returns once the phase of this parity has ended; of a new barrier, the phase of parity 1 has. */
+static __device__ __forceinline__ void mbar_wait(uint32_t bar, uint32_t parity)
+{
+    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}\n"
+                 ::"r"(bar), "r"(parity) : "memory");
+}
+
+/* For barriers of other blocks (bar from of_rank). The plain arrival says that memory may be written again; with the second form
+ * and the wait below, what this thread wrote there is seen, but it waits for all of this thread's writes to the whole GPU. */
+static __device__ __forceinline__ void mbar_arrive_at(uint32_t bar)
+{
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+static __device__ __forceinline__ void mbar_arrive_written(uint32_t bar)
+{
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+static __device__ __forceinline__ void mbar_wait_written(uint32_t bar, uint32_t parity)
+{
+    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}\n"
+                 ::"r"(bar), "r"(parity) : "memory");
+}
+
+/* Copies a box of a tensor of three dimensions into this block's shared memory; the bytes count towards `bar`. */
+static __device__ __forceinline__ void tensor_copy(uint32_t dst, const void *map, uint32_t bar, int c0, int c1, int c2)
+{
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst), "l"(map),
+                 "r"(bar), "r"(c0), "r"(c1), "r"(c2) : "memory");
+}
+/* Of five dimensions, to the same place in every block of the cluster that `ranks` has a bit for, counted there. */
+static __device__ __forceinline__ void tensor_copy_to(uint32_t dst, const void *map, uint32_t bar, int ranks, int c0, int c1, int c2, int c3, int c4)
+{
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(dst), "l"(map), "r"(bar), "h"((short)ranks), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+                 "r"(c4) : "memory");
+}
+static __device__ __forceinline__ void tensor_prefetch_map(const void *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+/* Registers of a warpgroup; all of its warps call it. */
+template <int N> static __device__ __forceinline__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> static __device__ __forceinline__ void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+
+/* Named barriers: n threads in all; those that arrive do not wait. Number 0 is __syncthreads. */
+static __device__ __forceinline__ void bar_sync(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
+static __device__ __forceinline__ void bar_arrive(int id, int n) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 
 #endif
 #endif
