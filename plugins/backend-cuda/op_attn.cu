@@ -1,15 +1,15 @@
 /*
  * attn_paged for heads of 256. The query heads that share a key head are packed into the rows of one matrix product, so that
  * each key and value is read once. Decode rows: the context is split over blocks (split-KV) and a second kernel joins the
- * pieces. Other rows: a block takes 128 (token, head) rows and walks the context in tiles of 64 with a running softmax.
+ * pieces. Other rows: a block takes 128 (token, head) rows and walks the context in tiles with a running softmax.
  *
- * Running softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; tiling: Dao 2023, arXiv:2307.08691.
+ * Running softmax: Milakov & Gimelshein 2018, arXiv:1805.02867; tiling: Dao 2023, arXiv:2307.08691; copying warp, warpgroups taking
+ * turns: Shah et al. 2024, arXiv:2407.08608.
  */
 #include "wgmma.cuh"
 #include <cuda.h>
 #include <errno.h>
 #include <limits.h>
-#include <stdio.h>
 
 namespace {
 
@@ -484,7 +484,8 @@ __device__ __forceinline__ uint32_t grouped_at(int row, int chunk) { return (row
 /* Brings 64 keys (half 0) or values (half 1) from position p0 on into shared memory in groups, with 256 threads; positions from
  * `end` on become zeros. */
 template <bool QUANT>
-__device__ __forceinline__ void load_groups(const attn_args &a, const int32_t *table, int head, int half, int p0, int end, unsigned char *dst)
+__device__ __forceinline__ void load_groups(const attn_args &a, const int32_t *table, int head, int half, int p0, int end,
+                                            unsigned char *dst)
 {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     if (!QUANT) {
@@ -530,7 +531,8 @@ __device__ __forceinline__ float exp2_fast(float x)
 /* Scores of a tile to weights: masked at an edge, exponentials in place. m, in powers of two, moves on only once it has fallen 8
  * behind: a weight is 256 at most and older sums rarely shrink. Returns whether they do, by f. */
 template <int N>
-__device__ __forceinline__ bool soften(const attn_args &a, float (&sc)[N], int p0, bool edge, const int *row_pos, float *m, float *l, float *f)
+__device__ __forceinline__ bool soften(const attn_args &a, float (&sc)[N], int p0, bool edge, const int *row_pos, float *m, float *l,
+                                       float *f)
 {
     const int lane = threadIdx.x & 31;
     if (edge) {
@@ -575,23 +577,24 @@ __device__ __forceinline__ bool soften(const attn_args &a, float (&sc)[N], int p
     return __any_sync(0xffffffffu, grew);
 }
 
-/* Products of 64 queries and 2 N keys. */
+/* Products of 64 queries and 2 N keys, into sc. */
 template <int N>
 __device__ __forceinline__ void scores(float (&sc)[N], uint32_t q_s, uint32_t k_s)
 {
+    const wgmma_operand q(q_s, 16, 1024), k(k_s, 16, kGroup);
 #pragma unroll
     for (int kk = 0; kk < 16; kk++)
-        wgmma_ss(sc, wgmma_desc(q_s + (kk >> 2) * (kPreRows * 128) + (kk & 3) * 32, 16, 1024),
-                 wgmma_desc(k_s + (kk >> 2) * kPanel + (kk & 3) * 32, 16, kGroup), kk > 0);
+        wgmma_ss(sc, q.at((kk >> 2) * (kPreRows * 128) + (kk & 3) * 32), k.at((kk >> 2) * kPanel + (kk & 3) * 32), kk > 0);
 }
 
 /* o += weights of 4 N keys times their values. */
 template <int N>
 __device__ __forceinline__ void weigh(float (&o)[128], const uint32_t (&pf)[N], uint32_t v_s)
 {
+    const wgmma_operand v(v_s, kPanel, kGroup);
 #pragma unroll
     for (int k = 0; k < N / 4; k++)
-        wgmma_64x256(o, pf + 4 * k, wgmma_desc(v_s + k * 2 * kGroup, kPanel, kGroup));
+        wgmma_64x256(o, pf + 4 * k, v.at(k * 2 * kGroup));
 }
 
 template <int N>
@@ -600,6 +603,15 @@ __device__ __forceinline__ void pack_weights(uint32_t (&pf)[N], const float (&sc
 #pragma unroll
     for (int i = 0; i < N; i++)
         pf[i] = pack2(sc[2 * i], sc[2 * i + 1]);
+}
+
+/* Waits for the values' products once the weights beside them are made. ptxas would wait first, for nothing ties the wait to the
+ * weights; it moves no wait across a store, and this one needs all of the weights. held: one word a thread. */
+__device__ __forceinline__ void wait_values(float (&o)[128], const float *l, float *held)
+{
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(smem_u32(held + (threadIdx.x & 255))), "f"(l[0] + l[1]) : "memory");
+    wgmma_wait<0>();
+    wgmma_hold(o);
 }
 
 __device__ __forceinline__ void shrink(float (&o)[128], const float *f)
@@ -617,13 +629,14 @@ template <bool QUANT>
 __device__ __forceinline__ void walk_context(const attn_args &a, const int32_t *table, int kvh, int lo, int end, const int *row_pos,
                                              unsigned char *smem, float (&o)[128], float *m, float *l)
 {
-    const int wg = threadIdx.x >> 7, n = (end - lo + kPreTok - 1) / kPreTok;
+    const int wg = __shfl_sync(0xffffffffu, threadIdx.x >> 7, 0), n = (end - lo + kPreTok - 1) / kPreTok;
     unsigned char *kv = smem + kPreRows * kRow;
     const uint32_t q_s = smem_u32(smem) + wg * 64 * 128, kv_s = smem_u32(kv);
     const int half = kPreTok * kRow;            /* ring: K of even tiles, V, K of odd tiles, V */
     /* Rows of the warp in order of position: its first and last decide whether any pair is masked. */
     const int first = __shfl_sync(0xffffffffu, row_pos[0], 0), last = __shfl_sync(0xffffffffu, row_pos[1], 31);
     auto is_edge = [&](int p0) { return p0 + kPreTok - 1 > first || (a.window > 0 && p0 <= last - a.window) || p0 < a.first; };
+    __shared__ float held[256];
     float sc[32], f[2];
     uint32_t pf[16];
 
@@ -658,8 +671,7 @@ __device__ __forceinline__ void walk_context(const attn_args &a, const int32_t *
         wgmma_wait<1>();
         wgmma_hold(sc);
         const bool grew = soften(a, sc, p0, is_edge(p0), row_pos, m, l, f);
-        wgmma_wait<0>();
-        wgmma_hold(o);
+        wait_values(o, l, held);
         if (grew)
             shrink(o, f);
         pack_weights(pf, sc);
@@ -806,7 +818,8 @@ __device__ __forceinline__ void load_gates(const attn_args &a, const row_place &
 }
 
 /* Divides, gates and stores a row; all lanes take part. */
-__device__ __forceinline__ void store_row(const attn_args &a, const row_place &to, int h, const float (&o)[128], float l, const uint2 (&g)[16])
+__device__ __forceinline__ void store_row(const attn_args &a, const row_place &to, int h, const float (&o)[128], float l,
+                                          const uint2 (&g)[16])
 {
     const bool odd = threadIdx.x & 1;
     l += __shfl_xor_sync(0xffffffffu, l, 1);
@@ -883,7 +896,7 @@ __global__ void __launch_bounds__(256, 1) prefill_kernel(const attn_args a)
  * The form for bf16 caches on compute capability 9.0. Clusters of two blocks, one a multiprocessor, take pairs of query tiles from a
  * shared counter; the tiles of a pair follow one another, so both blocks walk the same keys, and each copies half of them to both:
  * without that, reading the L2 is the limit. In a block warpgroup 0 asks for what the other two multiply, tensor copies into a ring;
- * those two, 64 rows each, meet nowhere.
+ * those two, 64 rows each, take turns.
  */
 const int kHopTok = 80, kHopHalf = kHopTok * kRow, kHopStages = 4, kHopThreads = 384;
 const int kHopSmem = kPreRows * kRow + kHopStages * kHopHalf + 1024;
@@ -903,6 +916,7 @@ struct hop_pair { int seq, kvh, t0, n_tok, pos0, lo, end, base, n; };
 struct hop_shared {
     uint64_t full[kHopStages], empty[kHopStages], q_full, q_empty, pair_full[2], pair_empty[2];     /* pair_empty: of rank 0 */
     hop_pair pair[2];               /* seq < 0: no more */
+    float held[256];                /* of wait_values */
 };
 
 /* Finds the pair of a ticket: sequence by sequence, head by head, the longest first. All of a warp calls it, with rising tickets.
@@ -1015,7 +1029,8 @@ __device__ __forceinline__ void hop_produce(const hop_args &p, hop_shared &sh, u
                 mbar_expect(bar, kHopHalf);
             __syncwarp();
             if (copies)
-                tensor_copy_to(ring + slot * kHopHalf + (lane * 2 + rank) * kGroup, &p.kv, bar, 3, 0, w.at, 0, t.kvh + half * a.n_kv, w.page);
+                tensor_copy_to(ring + slot * kHopHalf + (lane * 2 + rank) * kGroup, &p.kv, bar, 3, 0, w.at, 0, t.kvh + half * a.n_kv,
+                               w.page);
             c++;
         };
         if (t.n > 0) {
@@ -1025,7 +1040,8 @@ __device__ __forceinline__ void hop_produce(const hop_args &p, hop_shared &sh, u
                 mbar_expect(smem_u32(&sh.q_full), rows * kRow);
             __syncwarp();
             if (lane < 4)
-                tensor_copy(smem + lane * (kPreRows * 128), &p.q, smem_u32(&sh.q_full), lane * 64, t.kvh * a.group, t.t0 + rank * (kPreRows / a.group));
+                tensor_copy(smem + lane * (kPreRows * 128), &p.q, smem_u32(&sh.q_full), lane * 64, t.kvh * a.group,
+                            t.t0 + rank * (kPreRows / a.group));
             for (int i = 0; i <= t.n; i++) {
                 const place old = now;
                 now = next;
@@ -1054,99 +1070,132 @@ __device__ __forceinline__ void hop_clear(unsigned char *v, int p0, int lo, int 
     bar_sync(1 + wg, 128);
 }
 
-/* Warpgroup wg of two: rows 64 wg .. 64 wg + 63 of every tile. */
+/* What warps that multiply do with the c-th use of a slot: wait until it is filled, give it back to both blocks. */
+__device__ __forceinline__ void hop_wait(hop_shared &sh, int c) { mbar_wait(smem_u32(&sh.full[c % kHopStages]), (c / kHopStages) & 1); }
+
+__device__ __forceinline__ void hop_release(hop_shared &sh, int c)
+{
+    const int lane = threadIdx.x & 31;
+    __syncwarp();
+    if (lane < 2)
+        mbar_arrive_at(of_rank(smem_u32(&sh.empty[c % kHopStages]), lane));
+}
+
+__device__ __forceinline__ void hop_release_q(hop_shared &sh)
+{
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0)
+        mbar_arrive(smem_u32(&sh.q_empty));
+}
+
+/* Warpgroup wg of two, one tile: rows 64 wg .. 64 wg + 63, the tile's first token `ahead` of the pair's. Scores of keys i run together
+ * with the values of keys i - 1, which go on while the weights of keys i are made. The warpgroups start these products in turns, so that
+ * one makes weights while the other's scores run. */
+__device__ __forceinline__ void hop_multiply(const attn_args &a, hop_shared &sh, const hop_pair &t, unsigned char *smem, int wg,
+                                             int ahead, int c)
+{
+    const int lane = threadIdx.x & 31, r0 = wg * 64 + ((threadIdx.x >> 5) & 3) * 16 + (lane >> 2);
+    const uint32_t q_s = smem_u32(smem) + wg * 64 * 128;
+    const bool turns = (t.n_tok - ahead) * a.group > 64;       /* the other warpgroup is at work too */
+    unsigned char *ring = smem + kPreRows * kRow;
+    auto slot = [&](int c) { return ring + c % kHopStages * kHopHalf; };
+    float o[128], sc[kHopTok / 2], m[2] = { -INFINITY, -INFINITY }, l[2] = { 0.f, 0.f }, f[2];
+    uint32_t pf[kHopTok / 4];
+#pragma unroll
+    for (int d = 0; d < 128; d++)
+        o[d] = 0.f;
+    int p0 = t.base;
+    if (t.n > 0) {
+        const int pos0 = t.pos0 + ahead, row_pos[2] = { pos0 + r0 / a.group, pos0 + (r0 + 8) / a.group };
+        /* Rows of the warp in order of position: its first and last decide whether any pair is masked. */
+        const int first = __shfl_sync(0xffffffffu, row_pos[0], 0), last = __shfl_sync(0xffffffffu, row_pos[1], 31);
+        const int from = max(a.first, a.window > 0 ? last - a.window + 1 : 0);
+        auto is_edge = [&](int p0) { return p0 + kHopTok - 1 > first || p0 < from; };
+        hop_wait(sh, c);
+        wgmma_fence();
+        scores(sc, q_s, smem_u32(slot(c)));
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_hold(sc);
+        hop_release(sh, c++);
+        soften(a, sc, p0, is_edge(p0), row_pos, m, l, f);
+        pack_weights(pf, sc);
+        while ((p0 += kHopTok) < t.end) {
+            if (p0 - kHopTok < t.lo) {
+                hop_wait(sh, c + 1);
+                hop_clear(slot(c + 1), p0 - kHopTok, t.lo, t.end, wg);
+            }
+            hop_wait(sh, c);
+            if (turns)
+                bar_sync(3 + wg, 256);
+            wgmma_fence();
+            scores(sc, q_s, smem_u32(slot(c)));
+            wgmma_commit();
+            hop_wait(sh, c + 1);
+            wgmma_fence();
+            weigh(o, pf, smem_u32(slot(c + 1)));
+            wgmma_commit();
+            if (turns)
+                bar_arrive(4 - wg, 256);
+            wgmma_wait<1>();
+            wgmma_hold(sc);
+            hop_release(sh, c);
+            const bool grew = soften(a, sc, p0, is_edge(p0), row_pos, m, l, f);
+            wait_values(o, l, sh.held);
+            hop_release(sh, c + 1);
+            if (grew)
+                shrink(o, f);
+            pack_weights(pf, sc);
+            c += 2;
+        }
+        p0 -= kHopTok;
+        hop_release_q(sh);
+    }
+    const row_place to(a, r0, t.t0 + ahead, min(t.n_tok - ahead, kPreRows / a.group), t.kvh);
+    uint2 g[2][16];
+    load_gates(a, to, 0, g[0]);
+    if (t.n > 0) {
+        hop_wait(sh, c);
+        if (p0 + kHopTok > t.end || p0 < t.lo)
+            hop_clear(slot(c), p0, t.lo, t.end, wg);
+        wgmma_fence();
+        weigh(o, pf, smem_u32(slot(c)));
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_hold(o);
+        hop_release(sh, c);
+    }
+    load_gates(a, to, 1, g[1]);
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        store_row(a, to, h, o, l[h], g[h]);
+}
+
+/* Warpgroup wg of two: its half of every tile. */
 __device__ __forceinline__ void hop_consume(const hop_args &p, hop_shared &sh, unsigned char *smem, int wg)
 {
     const attn_args &a = p.a;
-    const int lane = threadIdx.x & 31, r0 = wg * 64 + ((threadIdx.x >> 5) & 3) * 16 + (lane >> 2);
-    const int per_tile = kPreRows / a.group, ahead = (int)cluster_rank() * per_tile;
-    const uint32_t q_s = smem_u32(smem) + wg * 64 * 128;
-    unsigned char *ring = smem + kPreRows * kRow;
-    auto wait_slot = [&](int c) { mbar_wait(smem_u32(&sh.full[c % kHopStages]), (c / kHopStages) & 1); };
-    auto release_slot = [&](int c) {
-        __syncwarp();
-        if (lane < 2)
-            mbar_arrive_at(of_rank(smem_u32(&sh.empty[c % kHopStages]), lane));
-    };
+    const int lane = threadIdx.x & 31, ahead = (int)cluster_rank() * (kPreRows / a.group);
     int c = 0, nq = 0;
+    if (wg == 1)
+        bar_arrive(3, 256);     /* the first turn is warpgroup 0's */
     for (int it = 0;; it++) {
         mbar_wait_written(smem_u32(&sh.pair_full[it & 1]), (it >> 1) & 1);
         const hop_pair &t = sh.pair[it & 1];
         if (t.seq < 0)
             break;
-        float o[128], sc[kHopTok / 2], m[2] = { -INFINITY, -INFINITY }, l[2] = { 0.f, 0.f }, f[2];
-        uint32_t pf[kHopTok / 4];
-        uint2 g[16];
-#pragma unroll
-        for (int d = 0; d < 128; d++)
-            o[d] = 0.f;
-        const int n = t.n;
-        if (n > 0) {
-            const int pos0 = t.pos0 + ahead, row_pos[2] = { pos0 + r0 / a.group, pos0 + (r0 + 8) / a.group };
-            /* Rows of the warp in order of position: its first and last decide whether any pair is masked. */
-            const int first = __shfl_sync(0xffffffffu, row_pos[0], 0), last = __shfl_sync(0xffffffffu, row_pos[1], 31);
-            const int from = max(a.first, a.window > 0 ? last - a.window + 1 : 0);
-            auto is_edge = [&](int p0) { return p0 + kHopTok - 1 > first || p0 < from; };
-            int p0 = t.base;
+        if (t.n > 0)
             mbar_wait(smem_u32(&sh.q_full), nq++ & 1);
-            wait_slot(c);
-            wgmma_fence();
-            scores(sc, q_s, smem_u32(ring + c % kHopStages * kHopHalf));
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_hold(sc);
-            release_slot(c);
-            c++;
-            soften(a, sc, p0, is_edge(p0), row_pos, m, l, f);
-            pack_weights(pf, sc);
-            for (int i = 1; i < n; i++) {
-                p0 += kHopTok;
-                if (i == 1 && t.base < t.lo) {
-                    wait_slot(c + 1);
-                    hop_clear(ring + (c + 1) % kHopStages * kHopHalf, t.base, t.lo, t.end, wg);
-                }
-                wait_slot(c);
-                wgmma_fence();
-                scores(sc, q_s, smem_u32(ring + c % kHopStages * kHopHalf));
-                wgmma_commit();
-                wait_slot(c + 1);
-                wgmma_fence();
-                weigh(o, pf, smem_u32(ring + (c + 1) % kHopStages * kHopHalf));
-                wgmma_commit();
-                wgmma_wait<1>();
-                wgmma_hold(sc);
-                release_slot(c);
-                const bool grew = soften(a, sc, p0, is_edge(p0), row_pos, m, l, f);
-                wgmma_wait<0>();
-                wgmma_hold(o);
-                release_slot(c + 1);
-                c += 2;
-                if (grew)
-                    shrink(o, f);
-                pack_weights(pf, sc);
+        if (wg * 64 < (t.n_tok - ahead) * a.group)
+            hop_multiply(a, sh, t, smem, wg, ahead, __shfl_sync(0xffffffffu, c, 0));
+        else if (t.n > 0) {
+            hop_release_q(sh);
+            for (int i = 0; i < 2 * t.n; i++) {         /* none of the rows is there, as in short pieces: all passes by */
+                hop_wait(sh, c + i);
+                hop_release(sh, c + i);
             }
-            __syncwarp();
-            if (lane == 0)
-                mbar_arrive(smem_u32(&sh.q_empty));
-            const row_place to(a, r0, t.t0 + ahead, min(t.n_tok - ahead, per_tile), t.kvh);
-            load_gates(a, to, 0, g);
-            wait_slot(c);
-            if (p0 + kHopTok > t.end || p0 < t.lo)
-                hop_clear(ring + c % kHopStages * kHopHalf, p0, t.lo, t.end, wg);
-            wgmma_fence();
-            weigh(o, pf, smem_u32(ring + c % kHopStages * kHopHalf));
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_hold(o);
-            release_slot(c);
-            c++;
-            uint2 g1[16];
-            load_gates(a, to, 1, g1);
-            store_row(a, to, 0, o, l[0], g);
-            store_row(a, to, 1, o, l[1], g1);
-        } else {
-            store_rows(a, o, l, r0, t.t0 + ahead, min(t.n_tok - ahead, per_tile), t.kvh);
         }
+        c += 2 * t.n;
         __syncwarp();
         if (lane == 0)
             mbar_arrive_at(of_rank(smem_u32(&sh.pair_empty[it & 1]), 0));
@@ -1182,7 +1231,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kHopThreads, 1) prefill_ho
     } else {
         registers_up<232>();
         pdl_wait();
-        hop_consume(p, sh, smem, (threadIdx.x >> 7) - 1);
+        hop_consume(p, sh, smem, __shfl_sync(0xffffffffu, threadIdx.x >> 7, 0) - 1);
     }
     __syncwarp();
     cluster_sync();         /* the other block still arrives at this one's barriers */
@@ -1199,12 +1248,9 @@ __global__ void __launch_bounds__(32) prefill_hopper_kernel(const __grid_constan
 int splits_for(int64_t pairs, int n_blocks, int slots)
 {
     const int beside = 4, least = 4, most = (int)ceil_div(n_blocks, least);
-#ifndef ATT_MINSPLIT
-#define ATT_MINSPLIT 1
-#endif
     int best = 1;
     int64_t best_cost = INT64_MAX;
-    for (int n = ATT_MINSPLIT; n <= most && (n == ATT_MINSPLIT || pairs * n <= 8 * slots); n++) {
+    for (int n = 1; n <= most && (n == 1 || pairs * n <= 8 * slots); n++) {
         int64_t cost = ceil_div(pairs * n, slots) * (ceil_div(n_blocks, n) + beside);
         if (cost < best_cost) {
             best = n;
@@ -1247,8 +1293,9 @@ int run_decode(arle_device *dev, cudaStream_t st, attn_args a, int n_rows, int m
 }
 
 /* The driver's function that describes a tensor to the copy engine; NULL where the driver has none. */
-typedef CUresult (*tensor_map_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                                  const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+typedef CUresult (*tensor_map_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
+                                  const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 tensor_map_fn tensor_map_entry()
 {
@@ -1259,18 +1306,16 @@ tensor_map_fn tensor_map_entry()
 #else
     cudaError_t e = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &fn, cudaEnableDefault, &found);
 #endif
-#ifdef ATT_DEBUG
-    fprintf(stderr, "entry %d %d %p\n", e, found, fn);
-#endif
     return e == cudaSuccess && found == cudaDriverEntryPointSuccess ? (tensor_map_fn)fn : NULL;
 }
 
 /* bf16 tensor of boxes that are 64 wide, in panels as wgmma.cuh has them. */
-bool tensor_map(tensor_map_fn encode, CUtensorMap *map, const void *base, int n_dims, const cuuint64_t *dim, const cuuint64_t *stride, const cuuint32_t *box)
+bool tensor_map(tensor_map_fn encode, CUtensorMap *map, const void *base, int n_dims, const cuuint64_t *dim,
+                const cuuint64_t *stride, const cuuint32_t *box)
 {
     const cuuint32_t step[5] = { 1, 1, 1, 1, 1 };
-    return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, n_dims, const_cast<void *>(base), dim, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, n_dims, const_cast<void *>(base), dim, stride, box, step,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 /* Launches the form with tensor copies; 1 where it does not apply: other devices, pages that are no multiple of 8 positions. */
@@ -1294,13 +1339,9 @@ int run_hopper(arle_device *dev, cudaStream_t st, const attn_args &a, const arle
     const cuuint64_t kv_dim[5] = { 64, (cuuint64_t)a.page_tokens, 4, 2 * (cuuint64_t)a.n_kv, 1u << 31 };
     const cuuint64_t kv_stride[4] = { a.entry_stride, 128, kRow, a.page_stride };
     const cuuint32_t kv_box[5] = { 64, 8, 4, 1, 1 };
-    if (!tensor_map(encode, &p.q, a.q, 3, q_dim, q_stride, q_box) || !tensor_map(encode, &p.kv, a.kv + a.kv_offset, 5, kv_dim, kv_stride, kv_box))
-#ifdef ATT_DEBUG
-        return fprintf(stderr, "no tensor map, page %d stride %zu\n", a.page_tokens, a.page_stride), 1;
-    fprintf(stderr, "hopper %d\n", a.page_tokens);
-#else
+    if (!tensor_map(encode, &p.q, a.q, 3, q_dim, q_stride, q_box)
+        || !tensor_map(encode, &p.kv, a.kv + a.kv_offset, 5, kv_dim, kv_stride, kv_box))
         return 1;
-#endif
     const int64_t pairs = ceil_div(b->max_new, kPreRows / a.group * 2) * a.n_kv * p.n_seqs, most = dev->n_sm / 2;
     return launch(dev, st, prefill_hopper_kernel, dim3((unsigned)(pairs < most ? pairs : most) * 2), dim3(kHopThreads), kHopSmem, p);
 }

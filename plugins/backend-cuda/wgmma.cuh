@@ -19,11 +19,18 @@ template <int ROWS> static __device__ __forceinline__ uint32_t panel_at(int row,
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-/* 128-byte swizzle. lead: bytes between panels, used when rows are the inner dimension; step: between groups of eight rows. */
-static __device__ __forceinline__ uint64_t wgmma_desc(uint32_t addr, uint32_t lead, uint32_t step = 1024)
-{
-    return (uint64_t)((addr & 0x3ffff) >> 4) | (uint64_t)(lead >> 4) << 16 | (uint64_t)(step >> 4) << 32 | (uint64_t)1 << 62;
-}
+/* An operand in shared memory: 128-byte swizzle; lead: bytes between panels, used when rows are the inner dimension; step: between
+ * groups of eight rows. Descriptors live in registers of the whole warp, so addresses should come from what the compiler knows to be
+ * the same in all lanes (constants, __shfl_sync), or it moves each there again. */
+struct wgmma_operand {
+    uint32_t low, high;
+
+    __device__ __forceinline__ wgmma_operand(uint32_t addr, uint32_t lead, uint32_t step)
+        : low((addr & 0x3ffff) >> 4 | lead >> 4 << 16), high(step >> 4 | 1u << 30) {}
+    __device__ __forceinline__ uint64_t at(uint32_t bytes) const { return (uint64_t)high << 32 | (low + (bytes >> 4)); }
+};
+/* The same as one value, with 1024 bytes between groups. */
+static __device__ __forceinline__ uint64_t wgmma_desc(uint32_t addr, uint32_t lead) { return wgmma_operand(addr, lead, 1024).at(0); }
 
 static __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 static __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -161,24 +168,28 @@ static __device__ __forceinline__ void mbar_arrive_written(uint32_t bar)
 }
 static __device__ __forceinline__ void mbar_wait_written(uint32_t bar, uint32_t parity)
 {
-    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}\n"
-                 ::"r"(bar), "r"(parity) : "memory");
+    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+                 "@p bra done;\nbra again;\ndone:\n}\n" ::"r"(bar), "r"(parity) : "memory");
 }
 
 /* Copies a box of a tensor of three dimensions into this block's shared memory; the bytes count towards `bar`. */
 static __device__ __forceinline__ void tensor_copy(uint32_t dst, const void *map, uint32_t bar, int c0, int c1, int c2)
 {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst), "l"(map),
-                 "r"(bar), "r"(c0), "r"(c1), "r"(c2) : "memory");
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+                 ::"r"(dst), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2) : "memory");
 }
 /* Of five dimensions, to the same place in every block of the cluster that `ranks` has a bit for, counted there. */
-static __device__ __forceinline__ void tensor_copy_to(uint32_t dst, const void *map, uint32_t bar, int ranks, int c0, int c1, int c2, int c3, int c4)
+static __device__ __forceinline__ void tensor_copy_to(uint32_t dst, const void *map, uint32_t bar, int ranks,
+                                                      int c0, int c1, int c2, int c3, int c4)
 {
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(dst), "l"(map), "r"(bar), "h"((short)ranks), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
-                 "r"(c4) : "memory");
+                 "[%0], [%1, {%4, %5, %6, %7, %8}], [%2], %3;"
+                 ::"r"(dst), "l"(map), "r"(bar), "h"((short)ranks), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
-static __device__ __forceinline__ void tensor_prefetch_map(const void *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+static __device__ __forceinline__ void tensor_prefetch_map(const void *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 
 /* Registers of a warpgroup; all of its warps call it. */
 template <int N> static __device__ __forceinline__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
