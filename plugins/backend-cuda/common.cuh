@@ -51,9 +51,8 @@ struct arle_device {
     std::atomic<uint64_t> mem_used;
     std::atomic<int64_t> fault_kernel, fault_alloc;     /* count down to the injected fault; below zero: off */
 
-    void *encode;                       /* cuTensorMapEncodeTiled, once gemm_wide.cu has asked for it */
     bool no_wide;                       /* gemm_wide.cu has found that its kernels do not run here */
-    int wide_clusters;                  /* how many pairs of its blocks are resident at a time */
+    int wide_clusters;                  /* how many pairs of its blocks are resident at a time, once it has asked */
     cublasLtHandle_t lt;
     void *lt_work;
     size_t lt_work_bytes;

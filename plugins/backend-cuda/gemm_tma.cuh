@@ -15,7 +15,6 @@
 
 #include "gemm.cuh"
 #include "wgmma.cuh"
-#include <cuda.h>
 
 /*
  * Bytes. kTmaMemory: the ring of a block, two of which fit one multiprocessor. kTmaFlight: W under way at a time; whatever else a
@@ -476,35 +475,6 @@ static __global__ void __launch_bounds__(192, 2) gemm_tma_kernel(const __grid_co
 #endif
 }
 
-/** The driver's encoder of tensor maps, or NULL where there is none. */
-typedef CUresult (*tma_encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
-                                  const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-static inline tma_encode_fn tma_encoder_find()
-{
-    void *p = NULL;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &p, 12000, cudaEnableDefault, &found) == cudaSuccess
-        && found == cudaDriverEntryPointSuccess)
-        return (tma_encode_fn)p;
-    return NULL;
-}
-static inline tma_encode_fn tma_encoder()
-{
-    static const tma_encode_fn fn = tma_encoder_find();
-    return fn;
-}
-
-/* Rows of k bf16, ld apart, in boxes of 64 columns and box_rows rows, swizzled as wgmma_desc says. */
-static inline bool tma_map(CUtensorMap *map, const bf16 *p, int64_t rows, int64_t k, int64_t ld, int box_rows)
-{
-    cuuint64_t dims[2] = { (cuuint64_t)k, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)ld * 2 };
-    cuuint32_t box[2] = { 64, (cuuint32_t)box_rows }, step[2] = { 1, 1 };
-    return tma_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, dims, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
-        == CUDA_SUCCESS;
-}
-
 /* How a product is cut: rows of W per tile in sixteens, blocks that share a tile, bytes that the busiest multiprocessor moves. */
 struct tma_plan { int n16, split; int64_t cost; };
 
@@ -532,7 +502,7 @@ template <int TN, int N16>
 static int gemm_tma_launch(arle_device *dev, cudaStream_t st, const tma_args &a)
 {
     CUtensorMap w, x;
-    if (!tma_map(&w, a.g.w, a.g.n, a.g.k, a.g.k, N16 * 16) || !tma_map(&x, a.g.x, a.g.rows, a.g.k, a.g.ld_x, TN))
+    if (!matrix_map(&w, a.g.w, a.g.n, a.g.k, a.g.k, N16 * 16, 64) || !matrix_map(&x, a.g.x, a.g.rows, a.g.k, a.g.ld_x, TN, 64))
         return cuda_fail(dev, cudaErrorInvalidValue, "cuTensorMapEncodeTiled", __FILE__, __LINE__);
     bump(dev, COUNT_GEMM_TMA);
     const int64_t blocks = ceil_div(a.g.n, N16 * 16) * a.split;
@@ -560,7 +530,7 @@ static int gemm_tma_tokens(arle_device *dev, cudaStream_t st, tma_args a)
 static inline bool gemm_tma_fits(const arle_device *dev, const gemm_args &a, bool norm)
 {
     if (dev->cc != 90 || dev->deterministic || a.rows <= dev->stream_rows || a.rows > dev->tma_rows || a.k % 8 != 0 || a.ld_x % 8 != 0
-        || ((uintptr_t)a.x & 15) != 0 || tma_encoder() == NULL)
+        || ((uintptr_t)a.x & 15) != 0 || tensor_map_encoder() == NULL)
         return false;
     const int tokens = a.rows <= 16 ? 16 : a.rows <= 32 ? 32 : 64;
     const tma_plan p = tma_choose(dev->n_sm, a.n, a.k, tokens, norm ? 1 : 8);

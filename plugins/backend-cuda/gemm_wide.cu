@@ -13,7 +13,6 @@
  */
 #include "gemm_wide.cuh"
 #include "wgmma.cuh"
-#include <cuda.h>
 #include <errno.h>
 
 namespace {
@@ -494,24 +493,6 @@ __global__ void __launch_bounds__(384, 1) wide_kernel(const __grid_constant__ CU
 
 /* ---- the host's side -------------------------------------------------------------------------------------------------------------- */
 
-typedef CUresult (*encode_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
-                              const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/* A matrix of bf16 that is copied in boxes of `cols` (64 or 32) by `box_rows`; outside of it are zeros. */
-int describe(arle_device *dev, CUtensorMap *out, const void *p, int64_t rows, int64_t cols, int64_t ld, int box_rows, int box_cols)
-{
-    const cuuint64_t dim[2] = { (cuuint64_t)cols, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)ld * 2 };
-    const cuuint32_t box[2] = { (cuuint32_t)box_cols, (cuuint32_t)box_rows }, step[2] = { 1, 1 };
-    CUresult r = ((encode_fn)dev->encode)(out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)p, dim, stride, box, step,
-                                          CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                          box_cols == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (r == CUDA_SUCCESS)
-        return 0;
-    return cuda_fail(dev, cudaErrorInvalidValue, "cuTensorMapEncodeTiled", __FILE__, __LINE__);
-}
-
 template <int CLUSTER, bool GROUPED, bool GATHER, int OUT>
 int wide_launch(arle_device *dev, cudaStream_t st, const gemm_args &g)
 {
@@ -524,13 +505,10 @@ int wide_launch(arle_device *dev, cudaStream_t st, const gemm_args &g)
     CUtensorMap mw, mx, my;
     memset(&mx, 0, sizeof mx);
     memset(&my, 0, sizeof my);
-    int r = describe(dev, &mw, g.w, (int64_t)(GROUPED ? g.groups : 1) * g.n, g.k, g.k, kWideRows, 64);
-    if (r == 0 && !GATHER)
-        r = describe(dev, &mx, g.x, g.rows, g.k, g.ld_x, GROUPED ? 16 : kWideTokens / CLUSTER, 64);
-    if (r == 0 && !GROUPED)
-        r = describe(dev, &my, g.y, g.rows, g.n_out, g.ld_y, kWideTokens, 32);
-    if (r < 0)
-        return r;
+    if (!matrix_map(&mw, g.w, (int64_t)(GROUPED ? g.groups : 1) * g.n, g.k, g.k, kWideRows, 64)
+        || (!GATHER && !matrix_map(&mx, g.x, g.rows, g.k, g.ld_x, GROUPED ? 16 : kWideTokens / CLUSTER, 64))
+        || (!GROUPED && !matrix_map(&my, g.y, g.rows, g.n_out, g.ld_y, kWideTokens, 32)))
+        return cuda_fail(dev, cudaErrorInvalidValue, "cuTensorMapEncodeTiled", __FILE__, __LINE__);
     auto kernel = wide_kernel<CLUSTER, GROUPED, GATHER, OUT>;
     CUDA_TRY(dev, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWideSmem));
     cudaLaunchConfig_t cfg = {};
@@ -577,23 +555,16 @@ int clusters_of(const void *kernel, int n_sm)
 /* Whether this GPU runs the kernels: their shared memory is only there in code built for sm_90a. */
 bool wide_ready(arle_device *dev)
 {
-    if (dev->encode != NULL || dev->no_wide)
-        return dev->encode != NULL;
+    if (dev->wide_clusters > 0 || dev->no_wide)
+        return dev->wide_clusters > 0;
     const void *kernel = (const void *)wide_kernel<2, false, false, GEMM_SILU>;
     cudaFuncAttributes fa;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    void *fn = NULL;
-    dev->no_wide = true;
     if (dev->cc != 90 || dev->max_smem < (size_t)kWideSmem + sizeof(int) * 512 || cudaFuncGetAttributes(&fa, kernel) != cudaSuccess
-        || fa.sharedSizeBytes == 0 || (dev->wide_clusters = clusters_of(kernel, dev->n_sm)) == 0
-        || cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000, cudaEnableDefault, &found) != cudaSuccess
-        || found != cudaDriverEntryPointSuccess) {
+        || fa.sharedSizeBytes == 0 || tensor_map_encoder() == NULL || (dev->wide_clusters = clusters_of(kernel, dev->n_sm)) == 0) {
         cudaGetLastError();
-        return false;
+        dev->no_wide = true;
     }
-    dev->no_wide = false;
-    dev->encode = fn;
-    return true;
+    return !dev->no_wide;
 }
 
 /* Whether a dense product has work for four fifths of the rounds of tiles that it takes. */

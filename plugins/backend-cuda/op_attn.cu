@@ -7,7 +7,6 @@
  * turns: Shah et al. 2024, arXiv:2407.08608.
  */
 #include "wgmma.cuh"
-#include <cuda.h>
 #include <errno.h>
 #include <limits.h>
 
@@ -1395,38 +1394,11 @@ int run_decode(arle_device *dev, cudaStream_t st, attn_args a, int n_rows, int m
     return r;
 }
 
-/* The driver's function that describes a tensor to the copy engine; NULL where the driver has none. */
-typedef CUresult (*tensor_map_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
-                                  const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-tensor_map_fn tensor_map_entry()
-{
-    void *fn = NULL;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000, cudaEnableDefault, &found);
-#else
-    cudaError_t e = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &fn, cudaEnableDefault, &found);
-#endif
-    return e == cudaSuccess && found == cudaDriverEntryPointSuccess ? (tensor_map_fn)fn : NULL;
-}
-
-/* bf16 tensor of boxes that are 64 wide, in panels as wgmma.cuh has them. */
-bool tensor_map(tensor_map_fn encode, CUtensorMap *map, const void *base, int n_dims, const cuuint64_t *dim,
-                const cuuint64_t *stride, const cuuint32_t *box)
-{
-    const cuuint32_t step[5] = { 1, 1, 1, 1, 1 };
-    return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, n_dims, const_cast<void *>(base), dim, stride, box, step,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 /* Launches the form with tensor copies; 1 where it does not apply: other devices, pages that are no multiple of 8 positions. */
 int run_hopper(arle_device *dev, cudaStream_t st, const attn_args &a, const arle_batch *b)
 {
-    static const tensor_map_fn encode = tensor_map_entry();
     cudaFuncAttributes fa;
-    if (dev->cc != 90 || encode == NULL || a.page_tokens % 8 != 0)
+    if (dev->cc != 90 || tensor_map_encoder() == NULL || a.page_tokens % 8 != 0)
         return 1;
     CUDA_TRY(dev, cudaFuncGetAttributes(&fa, prefill_hopper_kernel));
     if (fa.maxThreadsPerBlock != kHopThreads)
@@ -1442,8 +1414,8 @@ int run_hopper(arle_device *dev, cudaStream_t st, const attn_args &a, const arle
     const cuuint64_t kv_dim[5] = { 64, (cuuint64_t)a.page_tokens, 4, 2 * (cuuint64_t)a.n_kv, 1u << 31 };
     const cuuint64_t kv_stride[4] = { a.entry_stride, 128, kRow, a.page_stride };
     const cuuint32_t kv_box[5] = { 64, 8, 4, 1, 1 };
-    if (!tensor_map(encode, &p.q, a.q, 3, q_dim, q_stride, q_box)
-        || !tensor_map(encode, &p.kv, a.kv + a.kv_offset, 5, kv_dim, kv_stride, kv_box))
+    if (!tensor_map(&p.q, a.q, 3, q_dim, q_stride, q_box)
+        || !tensor_map(&p.kv, a.kv + a.kv_offset, 5, kv_dim, kv_stride, kv_box))
         return 1;
     const int64_t pairs = ceil_div(b->max_new, kPreRows / a.group * 2) * a.n_kv * p.n_seqs, most = dev->n_sm / 2;
     return launch(dev, st, prefill_hopper_kernel, dim3((unsigned)(pairs < most ? pairs : most) * 2), dim3(kHopThreads), kHopSmem, p);

@@ -1,7 +1,7 @@
 /*
  * Warpgroup matrix products of compute capability 9.0 (wgmma), bf16 in and f32 sums, for operands in shared memory as panels:
  * 64 columns of every row (128 bytes) together, 16-byte pieces swizzled by the row; and what feeds them: barriers in shared memory
- * and tensor copies (TMA), which write such panels. Exists only in code built for sm_90a.
+ * and tensor copies (TMA), which write such panels. The device's part exists only in code built for sm_90a.
  *
  * A product runs while the warpgroup goes on: between its start and wgmma_wait its sums and its register operand must not be
  * touched, and wgmma_hold must name the sums right after the wait, or the compiler may move reads of them before it.
@@ -10,6 +10,7 @@
 #define BACKEND_CUDA_WGMMA_CUH
 
 #include "common.cuh"
+#include <cuda.h>
 
 /* Place of 16-byte piece `chunk` of a row in an operand of ROWS rows; the base is aligned to 1024 bytes. */
 template <int ROWS> static __device__ __forceinline__ uint32_t panel_at(int row, int chunk)
@@ -200,4 +201,51 @@ static __device__ __forceinline__ void bar_sync(int id, int n) { asm volatile("b
 static __device__ __forceinline__ void bar_arrive(int id, int n) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 
 #endif
+
+/* ---- the host's side of tensor copies -------------------------------------------------------------------------------------- */
+
+typedef CUresult (*tensor_map_fn)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
+                                  const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+static inline tensor_map_fn tensor_map_find()
+{
+    void *fn = NULL;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &fn, 12000, cudaEnableDefault, &found);
+#else
+    cudaError_t e = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &fn, cudaEnableDefault, &found);
+#endif
+    if (e != cudaSuccess)
+        cudaGetLastError();
+    return e == cudaSuccess && found == cudaDriverEntryPointSuccess ? (tensor_map_fn)fn : NULL;
+}
+
+/** The driver's function that describes a tensor to the copy engine; NULL where the driver has none. */
+static inline tensor_map_fn tensor_map_encoder()
+{
+    static const tensor_map_fn fn = tensor_map_find();
+    return fn;
+}
+
+/** Describes a tensor of bf16, read in boxes that are 64 wide (panels as above) or 32; zeros outside of it. False: it cannot be. */
+static inline bool tensor_map(CUtensorMap *map, const void *base, int n_dims, const cuuint64_t *dim, const cuuint64_t *stride,
+                              const cuuint32_t *box)
+{
+    const cuuint32_t step[5] = { 1, 1, 1, 1, 1 };
+    return tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, (cuuint32_t)n_dims, const_cast<void *>(base), dim, stride, box,
+                                step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+/** The same of a matrix with rows of `cols`, ld apart. */
+static inline bool matrix_map(CUtensorMap *map, const void *base, int64_t rows, int64_t cols, int64_t ld, int box_rows, int box_cols)
+{
+    const cuuint64_t dim[2] = { (cuuint64_t)cols, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)ld * 2 };
+    const cuuint32_t box[2] = { (cuuint32_t)box_cols, (cuuint32_t)box_rows };
+    return tensor_map(map, base, 2, dim, stride, box);
+}
+
 #endif
