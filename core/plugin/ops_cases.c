@@ -612,7 +612,8 @@ struct gdn_run {
 
 static void gdn_setup(struct ops_backend *b, const struct ops_case *c, uint32_t dtype, struct gdn_run *r)
 {
-    static const int kinds[][MAX_SEQS + 1] = { { 1, 1 }, { 1, 7 }, { 3, 1, 1, 1 }, { 4, 1, 2, 70, 3 }, { 2, 129, 1 }, { 3, 200, 64, 17 } };
+    static const int kinds[][MAX_SEQS + 1] = { { 1, 1 }, { 1, 7 }, { 3, 1, 1, 1 }, { 4, 1, 2, 70, 3 }, { 2, 129, 1 }, { 3, 200, 64, 17 },
+                                               { 4, 1, 5, 16, 2 } };
     const int *kind = kinds[c->p[4]];
     *r = (struct gdn_run) { .n_k = c->p[0], .n_v = c->p[1], .dk = c->p[2], .dv = c->p[3], .dtype = dtype };
     r->n_conv = 2 * r->n_k * r->dk + r->n_v * r->dv;
@@ -1161,6 +1162,7 @@ const struct ops_case ops_cases[] = {
     { "gdn 128, mixed", run_gdn, { 2, 4, 128, 128, 3 } },
     { "gdn 128, decode", run_gdn, { 2, 4, 128, 128, 2 } },
     { "gdn 128, pieces", run_gdn, { 1, 2, 128, 128, 5 } },
+    { "gdn 128, a few tokens", run_gdn, { 2, 4, 128, 128, 6 } },
     { "gdn 128, one to one", run_gdn, { 2, 2, 128, 128, 4 } },
     { "gdn 128, three on one", run_gdn, { 1, 3, 128, 128, 4 } },
     { "gdn 128, extreme gates", run_gdn, { 1, 2, 128, 128, 4, 1 } },
