@@ -8,6 +8,8 @@
 
 #include <math.h>
 
+enum { MAX_GRAPHS = 16 };
+
 struct harness {
     struct harness_options o;
     struct config *cfg;
@@ -29,6 +31,7 @@ struct harness {
     int32_t *drafts;
     float *host_logits;
     int32_t *host_drafts;
+    struct arle_graph *graph[MAX_GRAPHS];       /* of 1, 2, ... rows */
 };
 
 static int dev_alloc(struct harness *h, size_t bytes, void **out, struct arle_err *err)
@@ -149,6 +152,9 @@ void harness_close(struct harness *h)
     if (h->model)
         h->api->destroy(h->model);
     if (h->dev) {
+        for (uint32_t i = 0; i < MAX_GRAPHS; i++)
+            if (h->graph[i])
+                h->be->graph_destroy(h->dev, h->graph[i]);
         for (uint32_t g = 0; g < h->bind.n_groups; g++)
             h->be->mem.free(h->dev, ARLE_MEM_DEVICE, h->bind.group[g].base);
         h->be->mem.free(h->dev, ARLE_MEM_DEVICE, h->ints);
@@ -196,6 +202,34 @@ void harness_reset(struct harness *h, uint32_t s)
             h->be->mem.fill(h->dev, h->st, (char *)h->bind.group[g].base + (s + 1) * h->bind.group[g].stride, 0, h->bind.group[g].stride);
 }
 
+/* The arrays of a step lie in the same place each time, so that a graph of n rows serves every step of n rows. */
+static int replay(struct harness *h, uint32_t n, struct arle_step *step, struct arle_err *err)
+{
+    struct arle_graph **g = &h->graph[n - 1];
+    step->batch.max_ctx = h->o.seq_tokens;
+    int r = 0;
+    if (*g == NULL) {
+        r = h->be->graph_begin(h->dev, h->st, err);
+        if (r == 0)
+            r = h->api->step(h->model, h->st, step, err);
+        if (r == 0)
+            r = h->be->graph_end(h->dev, h->st, g, err);
+    }
+    if (r == 0 && h->be->graph_launch(h->dev, *g, h->st) < 0)
+        r = arle_err_set(err, -EIO, "the graph did not start");
+    return r;
+}
+
+uint64_t harness_counter(const struct harness *h, const char *name)
+{
+    struct arle_counter c[64];
+    uint32_t n = h->be->counters(h->dev, c, 64);
+    for (uint32_t i = 0; i < n && i < 64; i++)
+        if (strcmp(c[i].name, name) == 0)
+            return c[i].value;
+    return 0;
+}
+
 int harness_step(struct harness *h, const struct harness_piece *p, uint32_t n, const float **out_logits, const int32_t **out_drafts,
                  struct arle_err *err)
 {
@@ -229,13 +263,13 @@ int harness_step(struct harness *h, const struct harness_piece *p, uint32_t n, c
     }
     copy(h, h->ints, x, at * 4, ARLE_COPY_H2D);
     free(x);
-    const struct arle_step step = { .struct_size = sizeof step, .flags = h->desc->has_drafter ? ARLE_STEP_DRAFTS : 0,
+    struct arle_step step = { .struct_size = sizeof step, .flags = h->desc->has_drafter ? ARLE_STEP_DRAFTS : 0,
         .batch = { .struct_size = sizeof step.batch, .n_tokens = T, .n_seqs = n, .n_decode = n_decode, .max_new = max_new,
                    .max_ctx = max_ctx, .page_tokens = h->o.page_tokens, .table_stride = h->pages_per_seq, .ids = h->ints + ids,
                    .sampled = h->ints, .pos = h->ints + pos, .seq_of = h->ints + seq_of, .cu = h->ints + cu, .ctx_len = h->ints + ctx,
                    .slot = h->ints + slot, .block_table = h->ints + table },
         .n_rows = T, .rows = h->ints + rows, .logits = h->logits, .ld_logits = h->desc->vocab, .drafts = h->drafts };
-    int r = h->api->step(h->model, h->st, &step, err);
+    int r = h->o.graphs && T == n && n <= MAX_GRAPHS ? replay(h, n, &step, err) : h->api->step(h->model, h->st, &step, err);
     if (r < 0)
         return r;
     copy(h, h->host_logits, h->logits, (size_t)T * h->desc->vocab * 4, ARLE_COPY_D2H);

@@ -17,6 +17,7 @@ struct harness_options {
     bool random;
     uint32_t compute, kv_dtype, page_tokens, max_tokens, n_seqs, seq_tokens;
     bool drafts, parity;
+    bool graphs;                    /* steps of one token a sequence are captured once per number of sequences and replayed */
     const char *sets[4];            /* configuration overrides, e.g. "backend-cpu.threads=1" */
 };
 
@@ -24,6 +25,8 @@ int harness_open(struct harness **out, const struct harness_options *o, struct a
 void harness_close(struct harness *h);
 const struct arle_model_desc *harness_desc(const struct harness *h);
 const struct arle_model_api *harness_api(const struct harness *h);
+/* A counter of the backend, 0 when it has none of that name. */
+uint64_t harness_counter(const struct harness *h, const char *name);
 /* Bytes of the weights that the backend really made during the load, to hold against desc.weight_bytes. */
 uint64_t harness_weight_bytes_created(const struct harness *h);
 
