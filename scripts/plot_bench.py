@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws decode and prefill speed against context length and batch, from lines of `arle bench step|prefill --json`.
 
-    scripts/plot_bench.py docs/data/gpu-h200.jsonl docs/gpu-h200.svg
+    scripts/plot_bench.py docs/data/gpu-h100.jsonl docs/gpu-h100.svg
 
 Solid: measured. Dashed: the floor, bytes that must move over the read ceiling of the same run (median_us * of_ceiling).
 """
