@@ -1,0 +1,373 @@
+/* The gated delta net, token after token: decode rows, short pieces, and everything in deterministic mode. */
+#ifndef BACKEND_CUDA_GDN_STEP_CUH
+#define BACKEND_CUDA_GDN_STEP_CUH
+
+#include "gdn.cuh"
+
+namespace {
+
+/* ---- steps ----------------------------------------------------------------------------------------------------------- */
+
+struct tap { float h0, h1, h2; float4 w; };
+
+__device__ __forceinline__ float conv_step(tap *p, float u)
+{
+    float y = p->w.x * p->h0 + p->w.y * p->h1 + p->w.z * p->h2 + p->w.w * u;
+    p->h0 = p->h1;
+    p->h1 = p->h2;
+    p->h2 = u;
+    return round_bf(siluf(y));
+}
+
+__device__ __forceinline__ tap tap_load(const gdn_args &a, const bf16 *rec, int c)
+{
+    tap p;
+    p.w = *(const float4 *)(a.conv_w + (int64_t)c * 4);
+    p.h0 = __bfloat162float(rec[c]);
+    p.h1 = __bfloat162float(rec[a.n_conv + c]);
+    p.h2 = __bfloat162float(rec[2 * a.n_conv + c]);
+    return p;
+}
+
+__device__ __forceinline__ void tap_store(const gdn_args &a, bf16 *rec, int c, const tap &p)
+{
+    rec[c] = __float2bfloat16_rn(p.h0);
+    rec[a.n_conv + c] = __float2bfloat16_rn(p.h1);
+    rec[2 * a.n_conv + c] = __float2bfloat16_rn(p.h2);
+}
+
+const int kStepSmem = kDim * kDim * 4;
+
+/*
+ * Warp w holds rows 16 w .. 16 w + 15 of S (key index), lane l columns 4 l .. 4 l + 3 (value index). Blocks walk over (sequence, head)
+ * pairs; the next S is on its way to shared memory, each thread its own part, while the present one is worked on.
+ */
+__global__ void __launch_bounds__(256, 2) step_kernel(const gdn_args a)
+{
+    extern __shared__ __align__(16) float next_s[];
+    __shared__ __align__(16) float sq[kDim], sk[kDim], sv[kDim];
+    __shared__ __align__(16) float part_k[8][kDim], part_q[8][kDim];
+    __shared__ float sums[3][8];
+    __shared__ int sh_last;
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, items = a.n_seqs * a.n_v;
+    const uint32_t slot = smem_u32(next_s) + (warp * 16 * kDim + lane * 4) * 4;
+    pdl_launch();
+    {
+        const float *S = s_state(a, a.seq0 + (int)blockIdx.x / a.n_v, (int)blockIdx.x % a.n_v);
+        l2_prefetch(S + tid * 32);
+        l2_prefetch(S + (tid + 256) * 32);
+    }
+    pdl_wait();
+    auto fetch = [&](int item) {
+        if (item < items) {
+            const float *S = s_state(a, a.seq0 + item / a.n_v, item % a.n_v) + warp * 16 * kDim + lane * 4;
+#pragma unroll
+            for (int j = 0; j < 16; j++)
+                cp16(slot + j * kDim * 4, S + j * kDim, true);
+        }
+        cp_commit();
+    };
+    fetch(blockIdx.x);
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        const int h = item % a.n_v, s = a.seq0 + item / a.n_v, kh = h / a.ratio;
+        float *S = s_state(a, s, h);
+        const int t0 = a.cu[s], n = a.cu[s + 1] - t0;
+        if (n == 0) {
+            cp_wait<0>();
+            fetch(item + gridDim.x);
+            continue;
+        }
+
+        bf16 *rec = conv_state(a, s);
+        const int i = tid & 127;
+        const bool is_v = tid >= 128;
+        const int c1 = is_v ? 2 * a.n_k * kDim + h * kDim + i : kh * kDim + i, c2 = a.n_k * kDim + kh * kDim + i;
+        tap p1 = tap_load(a, rec, c1), p2 = tap_load(a, rec, c2);
+        float4 st[16];
+        cp_wait<0>();
+#pragma unroll
+        for (int j = 0; j < 16; j++)
+            st[j] = *(const float4 *)(next_s + (warp * 16 + j) * kDim + lane * 4);
+        fetch(item + gridDim.x);
+
+        for (int t = t0; t < t0 + n; t++) {
+            const bf16 *row = a.proj + (int64_t)t * a.ld_proj;
+            float y1 = conv_step(&p1, __bfloat162float(row[a.u_off + c1])), y2 = 0.f;
+            if (!is_v)
+                y2 = conv_step(&p2, __bfloat162float(row[a.u_off + c2]));
+            float beta = sigmoidf(__bfloat162float(row[a.b_off + h]));
+            float decay = expf(decay_log(a.A_log[h], __bfloat162float(row[a.a_off + h]) + a.dt_bias[h]));
+            if (!is_v) {
+                float qq = warp_sum(y1 * y1), kk = warp_sum(y2 * y2), kq = warp_sum(y1 * y2);
+                if (lane == 0) {
+                    sums[0][warp] = qq;
+                    sums[1][warp] = kk;
+                    sums[2][warp] = kq;
+                }
+                sq[i] = y1;
+                sk[i] = y2;
+            } else {
+                sv[i] = y1;
+            }
+            __syncthreads();
+            if (t == t0 && tid == 0) {
+                /* Value heads that share a key head read its convolution state; this one has. The last moves it on, below. */
+                unsigned *ticket = a.tickets + (s - a.seq0) * a.n_k + kh;
+                sh_last = atomicAdd(ticket, 1u) == (unsigned)(a.ratio - 1);
+                if (sh_last)
+                    *ticket = 0;
+            }
+            float rq = rsqrtf(sums[0][0] + sums[0][1] + sums[0][2] + sums[0][3] + 1e-6f) * 0.08838834764831845f;
+            float rk = rsqrtf(sums[1][0] + sums[1][1] + sums[1][2] + sums[1][3] + 1e-6f);
+            float kq = (sums[2][0] + sums[2][1] + sums[2][2] + sums[2][3]) * rq * rk;
+            float4 mk = make_float4(0.f, 0.f, 0.f, 0.f), mq = mk;
+#pragma unroll
+            for (int j = 0; j < 16; j++) {
+                float k = sk[warp * 16 + j] * rk, q = sq[warp * 16 + j] * rq;
+                mk.x += st[j].x * k;
+                mk.y += st[j].y * k;
+                mk.z += st[j].z * k;
+                mk.w += st[j].w * k;
+                mq.x += st[j].x * q;
+                mq.y += st[j].y * q;
+                mq.z += st[j].z * q;
+                mq.w += st[j].w * q;
+            }
+            *(float4 *)&part_k[warp][lane * 4] = mk;
+            *(float4 *)&part_q[warp][lane * 4] = mq;
+            __syncthreads();
+            float4 m = make_float4(0.f, 0.f, 0.f, 0.f), o = m;
+#pragma unroll
+            for (int w = 0; w < 8; w++) {
+                float4 x = *(const float4 *)&part_k[w][lane * 4], y = *(const float4 *)&part_q[w][lane * 4];
+                m.x += x.x;
+                m.y += x.y;
+                m.z += x.z;
+                m.w += x.w;
+                o.x += y.x;
+                o.y += y.y;
+                o.z += y.z;
+                o.w += y.w;
+            }
+            float4 v = *(const float4 *)&sv[lane * 4], d;
+            d.x = beta * (v.x - decay * m.x);
+            d.y = beta * (v.y - decay * m.y);
+            d.z = beta * (v.z - decay * m.z);
+            d.w = beta * (v.w - decay * m.w);
+#pragma unroll
+            for (int j = 0; j < 16; j++) {
+                float k = sk[warp * 16 + j] * rk;
+                st[j].x = decay * st[j].x + k * d.x;
+                st[j].y = decay * st[j].y + k * d.y;
+                st[j].z = decay * st[j].z + k * d.z;
+                st[j].w = decay * st[j].w + k * d.w;
+            }
+            if (warp == 0) {
+                /* o = S'^T q = decay S^T q + (k . q) d: no second pass over S. */
+                o.x = round_bf(decay * o.x + kq * d.x);
+                o.y = round_bf(decay * o.y + kq * d.y);
+                o.z = round_bf(decay * o.z + kq * d.z);
+                o.w = round_bf(decay * o.w + kq * d.w);
+                float rho = rsqrtf(warp_sum(o.x * o.x + o.y * o.y + o.z * o.z + o.w * o.w) / (float)kDim + a.eps);
+                uint2 z2 = *(const uint2 *)(row + a.z_off + h * kDim + lane * 4);
+                float2 za = unpack2(z2.x), zb = unpack2(z2.y);
+                float4 w = *(const float4 *)(a.norm_w + lane * 4);
+                *(uint2 *)(a.out + (int64_t)t * a.ld_out + h * kDim + lane * 4) =
+                    make_uint2(pack2(o.x * rho * w.x * siluf(za.x), o.y * rho * w.y * siluf(za.y)),
+                               pack2(o.z * rho * w.z * siluf(zb.x), o.w * rho * w.w * siluf(zb.y)));
+            }
+            if (t + 1 < t0 + n)
+                __syncthreads();
+        }
+#pragma unroll
+        for (int j = 0; j < 16; j++)
+            *(float4 *)(S + (warp * 16 + j) * kDim + lane * 4) = st[j];
+
+        if (is_v)
+            tap_store(a, rec, c1, p1);
+        if (sh_last && !is_v) {
+            tap_store(a, rec, c1, p1);
+            tap_store(a, rec, c2, p2);
+        }
+        __syncthreads();        /* sh_last and the vectors are written again for the next pair */
+    }
+    cp_wait<0>();
+}
+
+/*
+ * Decode: as step_kernel, for sequences of exactly one token, which are the batch's first: sequence s is token s. What a pair needs besides
+ * S is loaded one pair ahead, since a block's time was the sum of these latencies and not its bytes; two buffers for what the warps
+ * exchange leave two barriers a pair.
+ */
+struct step_in {
+    float h[3], u, g[3], w;         /* taps and input of channel c1, and of c2 */
+    float4 hw, gw;                  /* their weights */
+    float beta, decay;
+    uint2 z;
+};
+
+__global__ void __launch_bounds__(256, 2) decode_kernel(const gdn_args a)
+{
+    extern __shared__ __align__(16) float next_s[];
+    __shared__ __align__(16) float vec[2][3][kDim];             /* q, k, v */
+    __shared__ __align__(16) float part[2][2][8][kDim];         /* S^T k, S^T q by warp */
+    __shared__ float sums[2][3][4];
+    __shared__ int sh_last;
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, items = a.n_seqs * a.n_v, i = tid & 127;
+    const bool is_v = tid >= 128;
+    const uint32_t slot = smem_u32(next_s) + (warp * 16 * kDim + lane * 4) * 4;
+    pdl_launch();
+    {
+        const float *S = s_state(a, (int)blockIdx.x / a.n_v, (int)blockIdx.x % a.n_v);
+        l2_prefetch(S + tid * 32);
+        l2_prefetch(S + (tid + 256) * 32);
+    }
+    pdl_wait();
+    auto channel = [&](int h) { return is_v ? 2 * a.n_k * kDim + h * kDim + i : h / a.ratio * kDim + i; };
+    auto fetch = [&](int item) {
+        if (item < items) {
+            const float *S = s_state(a, item / a.n_v, item % a.n_v) + warp * 16 * kDim + lane * 4;
+#pragma unroll
+            for (int j = 0; j < 16; j++)
+                cp16(slot + j * kDim * 4, S + j * kDim, true);
+        }
+        cp_commit();
+    };
+    auto load = [&](int item, step_in &x) {
+        if (item >= items)
+            return;
+        const int s = item / a.n_v, h = item % a.n_v, c1 = channel(h), c2 = c1 + a.n_k * kDim;
+        const bf16 *row = a.proj + (int64_t)s * a.ld_proj, *rec = conv_state(a, s);
+        x.u = __bfloat162float(row[a.u_off + c1]);
+        x.beta = __bfloat162float(row[a.b_off + h]);
+        x.decay = __bfloat162float(row[a.a_off + h]);
+        x.hw = *(const float4 *)(a.conv_w + (int64_t)c1 * 4);
+#pragma unroll
+        for (int j = 0; j < 3; j++)
+            x.h[j] = __bfloat162float(rec[(int64_t)j * a.n_conv + c1]);
+        if (!is_v) {
+            x.w = __bfloat162float(row[a.u_off + c2]);
+            x.gw = *(const float4 *)(a.conv_w + (int64_t)c2 * 4);
+#pragma unroll
+            for (int j = 0; j < 3; j++)
+                x.g[j] = __bfloat162float(rec[(int64_t)j * a.n_conv + c2]);
+        }
+        if (warp == 0)
+            x.z = *(const uint2 *)(row + a.z_off + h * kDim + lane * 4);
+    };
+    step_in x = {};
+    fetch(blockIdx.x);
+    load(blockIdx.x, x);
+    int turn = 0;
+    for (int item = blockIdx.x; item < items; item += gridDim.x, turn ^= 1) {
+        const int h = item % a.n_v, s = item / a.n_v;
+        float *S = s_state(a, s, h);
+        bf16 *rec = conv_state(a, s);
+        const int c1 = channel(h), c2 = c1 + a.n_k * kDim;
+        float (*v)[kDim] = vec[turn];
+        const float y1 = round_bf(siluf(x.hw.x * x.h[0] + x.hw.y * x.h[1] + x.hw.z * x.h[2] + x.hw.w * x.u));
+        const float beta = sigmoidf(x.beta), decay = expf(decay_log(a.A_log[h], x.decay + a.dt_bias[h]));
+        const uint2 z2 = x.z;
+        bf16 keep1[3] = { __float2bfloat16_rn(x.h[1]), __float2bfloat16_rn(x.h[2]), __float2bfloat16_rn(x.u) }, keep2[3];
+        if (is_v) {
+            v[2][i] = y1;
+#pragma unroll
+            for (int j = 0; j < 3; j++)
+                rec[(int64_t)j * a.n_conv + c1] = keep1[j];
+        } else {
+            const float y2 = round_bf(siluf(x.gw.x * x.g[0] + x.gw.y * x.g[1] + x.gw.z * x.g[2] + x.gw.w * x.w));
+            const float qq = warp_sum(y1 * y1), kk = warp_sum(y2 * y2), kq = warp_sum(y1 * y2);
+            if (lane == 0) {
+                sums[turn][0][warp] = qq;
+                sums[turn][1][warp] = kk;
+                sums[turn][2][warp] = kq;
+            }
+            v[0][i] = y1;
+            v[1][i] = y2;
+            keep2[0] = __float2bfloat16_rn(x.g[1]);
+            keep2[1] = __float2bfloat16_rn(x.g[2]);
+            keep2[2] = __float2bfloat16_rn(x.w);
+        }
+        float4 st[16];
+        cp_wait<0>();
+#pragma unroll
+        for (int j = 0; j < 16; j++)
+            st[j] = *(const float4 *)(next_s + (warp * 16 + j) * kDim + lane * 4);
+        fetch(item + gridDim.x);
+        load(item + gridDim.x, x);
+        __syncthreads();
+        if (tid == 0) {
+            /* Value heads that share a key head read its convolution state; this one has. The last moves it on, below. */
+            unsigned *ticket = a.tickets + s * a.n_k + h / a.ratio;
+            sh_last = atomicAdd(ticket, 1u) == (unsigned)(a.ratio - 1);
+            if (sh_last)
+                *ticket = 0;
+        }
+        const float (*n)[4] = sums[turn];
+        const float rq = rsqrtf(n[0][0] + n[0][1] + n[0][2] + n[0][3] + 1e-6f) * 0.08838834764831845f;
+        const float rk = rsqrtf(n[1][0] + n[1][1] + n[1][2] + n[1][3] + 1e-6f);
+        const float kq = (n[2][0] + n[2][1] + n[2][2] + n[2][3]) * rq * rk;
+        float4 mk = make_float4(0.f, 0.f, 0.f, 0.f), mq = mk;
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+            const float k = v[1][warp * 16 + j] * rk, q = v[0][warp * 16 + j] * rq;
+            mk.x += st[j].x * k;
+            mk.y += st[j].y * k;
+            mk.z += st[j].z * k;
+            mk.w += st[j].w * k;
+            mq.x += st[j].x * q;
+            mq.y += st[j].y * q;
+            mq.z += st[j].z * q;
+            mq.w += st[j].w * q;
+        }
+        *(float4 *)&part[turn][0][warp][lane * 4] = mk;
+        *(float4 *)&part[turn][1][warp][lane * 4] = mq;
+        __syncthreads();
+        if (sh_last && !is_v)
+#pragma unroll
+            for (int j = 0; j < 3; j++) {
+                rec[(int64_t)j * a.n_conv + c1] = keep1[j];
+                rec[(int64_t)j * a.n_conv + c2] = keep2[j];
+            }
+        float4 m = make_float4(0.f, 0.f, 0.f, 0.f), o = m;
+#pragma unroll
+        for (int w = 0; w < 8; w++) {
+            const float4 p = *(const float4 *)&part[turn][0][w][lane * 4], q = *(const float4 *)&part[turn][1][w][lane * 4];
+            m.x += p.x;
+            m.y += p.y;
+            m.z += p.z;
+            m.w += p.w;
+            o.x += q.x;
+            o.y += q.y;
+            o.z += q.z;
+            o.w += q.w;
+        }
+        const float4 vv = *(const float4 *)&v[2][lane * 4];
+        const float4 d = make_float4(beta * (vv.x - decay * m.x), beta * (vv.y - decay * m.y), beta * (vv.z - decay * m.z),
+                                     beta * (vv.w - decay * m.w));
+#pragma unroll
+        for (int j = 0; j < 16; j++) {
+            const float k = v[1][warp * 16 + j] * rk;
+            *(float4 *)(S + (warp * 16 + j) * kDim + lane * 4) = make_float4(decay * st[j].x + k * d.x, decay * st[j].y + k * d.y,
+                                                                             decay * st[j].z + k * d.z, decay * st[j].w + k * d.w);
+        }
+        if (warp == 0) {
+            /* o = S'^T q = decay S^T q + (k . q) d: no second pass over S. */
+            o.x = round_bf(decay * o.x + kq * d.x);
+            o.y = round_bf(decay * o.y + kq * d.y);
+            o.z = round_bf(decay * o.z + kq * d.z);
+            o.w = round_bf(decay * o.w + kq * d.w);
+            const float rho = rsqrtf(warp_sum(o.x * o.x + o.y * o.y + o.z * o.z + o.w * o.w) / (float)kDim + a.eps);
+            const float2 za = unpack2(z2.x), zb = unpack2(z2.y);
+            const float4 w = *(const float4 *)(a.norm_w + lane * 4);
+            *(uint2 *)(a.out + (int64_t)s * a.ld_out + h * kDim + lane * 4) =
+                make_uint2(pack2(o.x * rho * w.x * siluf(za.x), o.y * rho * w.y * siluf(za.y)),
+                           pack2(o.z * rho * w.z * siluf(zb.x), o.w * rho * w.w * siluf(zb.y)));
+        }
+    }
+    cp_wait<0>();
+}
+
+} // namespace
+
+#endif

@@ -1,0 +1,913 @@
+/* The gated delta net in chunks of 64 tokens on compute capability 9.0: two kernels, tile and walk. */
+#ifndef BACKEND_CUDA_GDN_WALK_CUH
+#define BACKEND_CUDA_GDN_WALK_CUH
+
+#include "gdn_chunk.cuh"
+
+namespace {
+
+/* ---- chunks on compute capability 9.0 ---------------------------------------------------------------------------------- */
+
+/*
+ * The same chunks in two kernels, for machines with warpgroup products and bulk copies:
+ *   tile   per chunk and key head: convolution of q and k, A = (I + M)^-1 diag(beta), P. Written as the tiles that `walk` reads.
+ *   walk   per (sequence, head, 64 value columns), chunk after chunk: R = V - e^gamma K S, Vn = A R, O = e^gamma Q S + P Vn,
+ *          S' = e^Gamma S + K^T (e^(Gamma - gamma) Vn). Its warpgroups: state (R, Vn, S'), outputs (O), convolution of v, and two
+ *          for the gated norm.
+ * What passes between them is K and Q [2][64][128] and A and P [2][64][64], bf16 in swizzled panels, and the two decays in f32.
+ */
+const int kKQ = 2 * kTile, kRec = 2 * kChunk * kChunk * 2 + 2 * kChunk * 4;
+const int kWalkCols = 64, kStages = 3, kStage = (kKQ + kRec + 1023) / 1024 * 1024;
+const int kColTile = kChunk * kWalkCols * 2, kRawTile = (kChunk + 3) * kWalkCols * 2;
+const int kWalkSmem = 1024 + kStages * kStage + 5 * kColTile + kTile + 2 * kRawTile, kWalkThreads = 640;
+const int kTileSmem = 1024 + kKQ + 2 * kChunk * kLd * 4 + 8 * kChunk * 4;
+static_assert((kChunk + 3) * 2 * kDim * 2 <= 2 * kChunk * kLd * 4, "q and k before the convolution lie in the place of the triangles");
+
+const int kSums = 2 * 4 * kChunk * 8;       /* [half][chunk & 3][64] of a sum and the number of its chunk plus one */
+
+size_t tile_scratch(const gdn_args *a, int n_tokens)
+{
+    return ((size_t)n_tokens / kChunk + a->n_seqs) * ((size_t)a->n_k * kKQ + (size_t)a->n_v * kRec) + (size_t)a->n_seqs * a->n_v * kSums;
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+/* mbar_wait with a time to sleep for: without it the waiting warps ask again every few dozen cycles and take the issue slots of the others. */
+__device__ __forceinline__ void mbar_sleep(uint32_t bar, int parity)
+{
+    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1, %2;\n@p bra done;\nbra again;\ndone:\n}\n"
+                 ::"r"(bar), "r"(parity), "r"(10000000) : "memory");
+}
+
+/* One arrival of a warp, after all of its lanes have come here. */
+__device__ __forceinline__ void warp_arrive(uint32_t bar)
+{
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0)
+        mbar_arrive(bar);
+}
+
+__device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, int bytes, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(dst), "l"(src), "r"(bytes), "r"(bar) : "memory");
+}
+
+__device__ __forceinline__ void bulk_store(void *dst, uint32_t src, int bytes)
+{
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
+}
+
+/* Returns when shared memory may be written again. */
+__device__ __forceinline__ void bulk_store_wait()
+{
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+__device__ __forceinline__ float exp2_fast(float x)
+{
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+/* silu of eight values, one operation on all after the other: a warp that is alone with its scheduler waits for none of them. */
+__device__ __forceinline__ void silu8(float (&x)[8])
+{
+    float e[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        e[i] = -1.4426950408889634f * x[i];
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(e[i]));
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        e[i] += 1.f;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        asm volatile("rcp.approx.ftz.f32 %0, %0;" : "+f"(e[i]));
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        x[i] *= e[i];
+}
+
+__device__ __forceinline__ void stsm4(uint32_t addr, const uint32_t *r)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(addr), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
+/* d (+)= A B: A 64 x 16 in registers, B^T 64 x 16 in shared memory with the inner dimension contiguous. */
+__device__ __forceinline__ void wgmma_reg_64x64(float (&d)[32], const uint32_t *a, uint64_t b, int accumulate)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+                 " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+/* d += A B: A 64 x 16 in registers, B 16 x 128 in shared memory, its 128 contiguous. */
+__device__ __forceinline__ void wgmma_64x128(float (&d)[64], const uint32_t *a, uint64_t b)
+{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+                 " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
+                 " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
+                 " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+                   "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+                   "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+                   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+                   "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+/* 64 rows whose columns lie in panels of 64, as operands: with the columns inside, step ks has 16 of them; else 16 rows. */
+__device__ __forceinline__ uint64_t panels(uint32_t base) { return wgmma_desc(base, kChunk * 128); }
+__device__ __forceinline__ uint64_t panel_step(uint64_t p, int ks) { return p + (((ks >> 2) * (kChunk * 128) + (ks & 3) * 32) >> 4); }
+__device__ __forceinline__ uint64_t panel_rows(uint64_t p, int ks) { return p + (ks * 16 * 128 >> 4); }
+
+template <int HALF> __device__ __forceinline__ void fold(float (&v)[8], bool up)
+{
+#pragma unroll
+    for (int i = 0; i < HALF; i++) {
+        const float x = __shfl_xor_sync(0xffffffffu, up ? v[i] : v[i + HALF], HALF);
+        v[i] = up ? v[i + HALF] : v[i];
+        v[i] += x;
+    }
+}
+
+/* Sums over the warp of 8 values at once; lane l gets that of value l & 7. */
+__device__ __forceinline__ float warp_sum8(float (&v)[8], int lane)
+{
+    fold<4>(v, lane & 4);
+    fold<2>(v, lane & 2);
+    fold<1>(v, lane & 1);
+    v[0] += __shfl_xor_sync(0xffffffffu, v[0], 8);
+    return v[0] + __shfl_xor_sync(0xffffffffu, v[0], 16);
+}
+
+/* q and k of the key head before the convolution, [67][2][128], from three tokens before the chunk on. */
+__device__ __forceinline__ void load_raw(const gdn_args &a, uint32_t dst, int s, int t_seq, int first, int n_seq, int kh, int tid)
+{
+    const int piece = tid & 31, r0 = tid >> 5, i0 = first + r0 - 3, ld = (int)a.ld_proj;
+    const int ch = ((piece >> 4 ? a.n_k : 0) + kh) * kDim + (piece & 15) * 8;
+    dst += r0 * 512 + piece * 16;
+    if (first > 0 && first + kChunk <= n_seq) {
+        const bf16 *row = a.proj + (int64_t)(t_seq + i0) * ld + a.u_off + ch;
+#pragma unroll
+        for (int j = 0; j < 8; j++, row += 8 * ld)
+            cp16(dst + j * 8 * 512, row, true);
+        if (r0 < 3)
+            cp16(dst + 64 * 512, row, true);
+        return;
+    }
+    for (int j = 0; j < 9; j++) {
+        const int i = min(i0 + j * 8, n_seq - 1);
+        if (r0 + j * 8 < kChunk + 3)
+            cp16(dst + j * 8 * 512,
+                 i >= 0 ? a.proj + (int64_t)(t_seq + i) * ld + a.u_off + ch : conv_state(a, s) + (int64_t)(3 + i) * a.n_conv + ch, true);
+    }
+}
+
+/* Convolution of k (even warps) and q (odd warps), to the panels at kq; a warp has 16 tokens, a lane 4 channels. */
+__device__ __forceinline__ void conv_key_head(const gdn_args &a, uint32_t raw, uint32_t kq, int is_q, int run, int n, int kh, int lane)
+{
+    const int c = ((is_q ? 0 : a.n_k) + kh) * kDim + lane * 4;
+    const uint32_t from = raw + run * 16 * 512 + (is_q ^ 1) * 256 + lane * 8, to = kq + is_q * kTile + (lane & 1) * 8;
+    auto token = [&](int i, float *f) {
+        uint2 v;
+        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from + i * 512));
+        unpack4(v, f);
+    };
+    float h0[4], h1[4], h2[4];
+    float4 w[4];
+    token(0, h0);
+    token(1, h1);
+    token(2, h2);
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        w[e] = *(const float4 *)(a.conv_w + (int64_t)(c + e) * 4);
+#pragma unroll
+    for (int i0 = 0; i0 < 16; i0 += 8) {
+        float ss[8];
+        uint2 y[8];
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            float f[8];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float u[4];
+                token(3 + i0 + i + j, u);
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    f[4 * j + e] = w[e].x * h0[e] + w[e].y * h1[e] + w[e].z * h2[e] + w[e].w * u[e];
+                    h0[e] = h1[e];
+                    h1[e] = h2[e];
+                    h2[e] = u[e];
+                }
+            }
+            silu8(f);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float v[4];
+                y[i + j] = make_uint2(pack2(f[4 * j], f[4 * j + 1]), pack2(f[4 * j + 2], f[4 * j + 3]));
+                unpack4(y[i + j], v);
+                ss[i + j] = v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3];
+            }
+        }
+        const float r = rsqrtf(warp_sum8(ss, lane) + 1e-6f) * (is_q ? 0.08838834764831845f : 1.f);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int row = run * 16 + i0 + i;
+            float f[4], scale = __shfl_sync(0xffffffffu, r, i);
+            unpack4(y[i], f);
+            scale = row < n ? scale : 0.f;
+            asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to + panel_at<kChunk>(row, lane >> 1)), "r"(pack2(f[0] * scale, f[1] * scale)),
+                         "r"(pack2(f[2] * scale, f[3] * scale)) : "memory");
+        }
+    }
+}
+
+/* Gate and beta of token i of the chunk, zero past its end; the gate as log2 of the decay. */
+__device__ __forceinline__ void token_gates(const gdn_args &a, int t, int i, int n, int h, float *gam, float *bet)
+{
+    const bf16 *row = a.proj + (int64_t)(t + min(i, n - 1)) * a.ld_proj;
+    const float x = __bfloat162float(row[a.a_off + h]), y = __bfloat162float(row[a.b_off + h]);
+    *gam = i < n ? decay_log(a.A_log[h], x + a.dt_bias[h]) * 1.4426950408889634f : 0.f;
+    *bet = i < n ? sigmoidf(y) : 0.f;
+}
+
+/* Gates of a value head are summed over the chunk by one warp, which also writes the decays of the record. */
+__device__ __forceinline__ void sum_gates(float *gam, float *decay, int lane)
+{
+    float x = gam[lane], y = gam[lane + 32];
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) {
+        float u = __shfl_up_sync(0xffffffffu, x, o), v = __shfl_up_sync(0xffffffffu, y, o);
+        x += lane >= o ? u : 0.f;
+        y += lane >= o ? v : 0.f;
+    }
+    y += __shfl_sync(0xffffffffu, x, 31);
+    const float last = __shfl_sync(0xffffffffu, y, 31);
+    gam[lane] = x;
+    gam[lane + 32] = y;
+    decay[lane] = exp2f(x);
+    decay[lane + 32] = exp2f(y);
+    decay[kChunk + lane] = exp2f(last - x);
+    decay[kChunk + lane + 32] = exp2f(last - y);
+}
+
+/* From K K^T (first warpgroup) the triangle M in f32, from Q K^T (second) P in bf16; w: warp of the warpgroup, with 16 rows. */
+__device__ __forceinline__ void mask_products(const float (&d)[32], bool is_p, float *M, unsigned char *p, const float *gam, const float *bet,
+                                              int w, int lane)
+{
+    const int g = lane >> 2, tq = lane & 3, row = w * 16 + g;
+    const float ga0 = gam[row], ga1 = gam[row + 8], b0 = bet[row], b1 = bet[row + 8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const int col = j * 8 + 2 * tq;
+        float x[4] = { 0.f, 0.f, 0.f, 0.f };
+        if (j <= 2 * w + 1) {
+            /* Masked before the exponential: above the diagonal the exponent is positive and may overflow. */
+            const float2 gc = *(const float2 *)(gam + col);
+            x[0] = row >= col ? d[4 * j] * exp2_fast(ga0 - gc.x) : 0.f;
+            x[1] = row >= col + 1 ? d[4 * j + 1] * exp2_fast(ga0 - gc.y) : 0.f;
+            x[2] = row + 8 >= col ? d[4 * j + 2] * exp2_fast(ga1 - gc.x) : 0.f;
+            x[3] = row + 8 >= col + 1 ? d[4 * j + 3] * exp2_fast(ga1 - gc.y) : 0.f;
+        }
+        if (is_p) {
+            *(uint32_t *)(p + at64(row, j) + tq * 4) = pack2(x[0], x[1]);
+            *(uint32_t *)(p + at64(row + 8, j) + tq * 4) = pack2(x[2], x[3]);
+        } else if (w >= 2 || j < 4) {       /* the upper right quarter serves invert_triangle */
+            *(float2 *)(M + row * kLd + col) = make_float2(row > col ? b0 * x[0] : 0.f, row > col + 1 ? b0 * x[1] : 0.f);
+            *(float2 *)(M + (row + 8) * kLd + col) = make_float2(row + 8 > col ? b1 * x[2] : 0.f, row + 8 > col + 1 ? b1 * x[3] : 0.f);
+        }
+    }
+}
+
+/*
+ * Block (key head, chunk, sequence), two warpgroups; two value heads at a time. Shared memory is used twice, so that three blocks fit a
+ * multiprocessor: what goes to the convolution lies where the triangles will be, and P and A of the heads go over K and Q.
+ */
+__device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *smem)
+{
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, kh = blockIdx.x, c = blockIdx.y, s = a.seq0 + blockIdx.z;
+    const int t_seq = a.cu[s], n_seq = a.cu[s + 1] - t_seq, n = min(kChunk, n_seq - c * kChunk);
+    if (n <= 0)
+        return;
+    const int64_t id = chunk_id(a, s, c);
+    const uint32_t kq = smem_u32(smem);
+    float *tri = (float *)(smem + kKQ), *gam = tri + 2 * kChunk * kLd, *bet = gam + 2 * kChunk, *decay = bet + 2 * kChunk;
+    const int half = kChunk * kChunk * 2;       /* bytes of P or A */
+    unsigned char *p = smem, *am = smem + 2 * half;
+
+    load_raw(a, smem_u32(tri), s, t_seq, c * kChunk, n_seq, kh, tid);
+    cp_commit();
+    if (c == 0 && a.sums != NULL)       /* no chunk's sums have been posted yet */
+        for (int i = tid; i < a.ratio * kSums / 16; i += 256)
+            ((uint4 *)(a.sums + ((int64_t)blockIdx.z * a.n_v + kh * a.ratio) * kSums))[i] = make_uint4(0, 0, 0, 0);
+    int heads = min(2, a.ratio);
+    if (tid < heads * kChunk)
+        token_gates(a, t_seq + c * kChunk, tid & 63, n, kh * a.ratio + (tid >> 6), gam + tid, bet + tid);
+    cp_wait<0>();
+    __syncthreads();
+    conv_key_head(a, smem_u32(tri), kq, warp & 1, warp >> 1, n, kh, lane);
+    wgmma_publish();
+    __syncthreads();
+    if (tid == 0)
+        bulk_store(a.kq + (id * a.n_k + kh) * kKQ, kq, kKQ);
+
+    const int wg = warp >> 2, w = warp & 3;
+    float d[32];
+    wgmma_fence();
+#pragma unroll
+    for (int ks = 0; ks < 8; ks++)
+        wgmma_ss(d, panel_step(panels(kq + wg * kTile), ks), panel_step(panels(kq), ks), ks > 0);
+    wgmma_commit();
+    if (w == 3 && wg < heads)
+        sum_gates(gam + wg * 64, decay + wg * 2 * kChunk, lane);
+    wgmma_wait<0>();
+    wgmma_hold(d);
+    if (tid == 0)
+        bulk_store_wait();
+    __syncthreads();
+
+    for (int h0 = 0; h0 < a.ratio; h0 += 2) {
+        heads = min(2, a.ratio - h0);
+        if (h0 > 0) {
+            if (tid < 2)
+                bulk_store_wait();
+            __syncthreads();
+            if (tid < heads * kChunk)
+                token_gates(a, t_seq + c * kChunk, tid & 63, n, kh * a.ratio + h0 + (tid >> 6), gam + tid, bet + tid);
+            __syncthreads();
+            if (w == 3 && wg < heads)
+                sum_gates(gam + wg * 64, decay + wg * 2 * kChunk, lane);
+            __syncthreads();
+        }
+        for (int v = 0; v < heads; v++)
+            mask_products(d, wg == 1, tri + v * kChunk * kLd, p + v * half, gam + v * 64, bet + v * 64, w, lane);
+        __syncthreads();
+        float *A = tri + wg * kChunk * kLd;
+        invert_triangle(A, A + 32, w, lane, wg < heads);
+        if (wg < heads) {
+            const float2 be = *(const float2 *)(bet + wg * 64 + 2 * lane);
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                const int row = w * 16 + i, col = 2 * lane;
+                const float2 x = *(const float2 *)(A + row * kLd + col);
+                *(uint32_t *)(am + wg * half + at64(row, lane >> 2) + (lane & 3) * 4) =
+                    pack2(col <= row ? x.x * be.x : 0.f, col < row ? x.y * be.y : 0.f);
+            }
+        }
+        wgmma_publish();
+        __syncthreads();
+        if (tid < heads) {
+            unsigned char *rec = a.rec + (id * a.n_v + kh * a.ratio + h0 + tid) * kRec;
+            bulk_store(rec, smem_u32(am) + tid * half, half);
+            bulk_store(rec + half, smem_u32(p) + tid * half, half);
+            bulk_store(rec + 2 * half, smem_u32(decay) + tid * 2 * kChunk * 4, 2 * kChunk * 4);
+        }
+    }
+    if (tid < 2)
+        bulk_store_wait();
+}
+
+/* Barriers: of tiles, v, outputs, state, Vn; of the sums of the other block. Where there is one of `empty`, all users of a phase pass
+ * before the next can come, so a parity tells phases apart. */
+struct walk_bars {
+    uint64_t full[kStages], empty[kStages], v_full[2], v_empty[2], o_full[2], o_empty[2], s_full, s_empty, d_full, d_empty, peer[2];
+};
+
+/* What a warpgroup of `walk` needs to know. */
+struct walk {
+    int s, h, kh, cb, t0, n, n_chunks;
+    int64_t id0;
+    uint32_t stage, v, o, state, delta;         /* shared memory; v and o twice; S^T and Vn^T of the present chunk, bf16 */
+    walk_bars *bars;
+    float *sums;                    /* [2][2][16][4]: sums of squares of the other block, even chunks, then odd; tokens 16 apart adjoin */
+};
+
+/*
+ * The serial part, which sets the pace: S^T [64 values][128 keys] is the accumulator, and operands come from registers. Issuing such
+ * products takes as long as running them, so other work of these warps stands between the products of a row.
+ */
+__device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
+{
+    const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31, g = lane >> 2, tq = lane & 3;
+    /* A lane's row in the tiles of 8 x 8 that it stores or loads four at a time: rows 0 .. 7 and 8 .. 15, then the next columns. */
+    const int row = w * 16 + ((lane >> 3) & 1) * 8 + (lane & 7), right = lane >> 4;
+    float *S = s_state(a, k.s, k.h) + k.cb * kWalkCols + w * 16 + g;
+    float st[64], x[32];
+    uint32_t sb[32], r[16], vw[16];
+#pragma unroll
+    for (int i = 0; i < 64; i++)
+        st[i] = S[((i >> 2) * 8 + 2 * tq + (i & 1)) * kDim + ((i >> 1) & 1) * 8];
+    /* What chunk c needs beside S is taken while the products of the one before run: values, then tiles and a place for its state. */
+    float last = 1.f;
+    auto take_values = [&](int c) {
+        mbar_sleep(smem_u32(&k.bars->v_full[c & 1]), (c >> 1) & 1);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2)
+            ldsm4t(vw + 2 * j, k.v + (c & 1) * kColTile + at64((j + right) * 8 + (lane & 7), w * 2 + ((lane >> 3) & 1)));
+        warp_arrive(smem_u32(&k.bars->v_empty[c & 1]));
+    };
+    auto take_tiles = [&](int at, int phase) {
+        mbar_sleep(smem_u32(&k.bars->full[at]), phase);
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(last)
+                     : "r"(k.stage + at * kStage + kKQ + 2 * kChunk * kChunk * 2 + (kChunk - 1) * 4));
+    };
+    /* S becomes the operand of K S and of the outputs' Q S, and then what the chunk leaves of it. */
+    auto ask_state = [&](int at) {
+        const uint32_t k_s = k.stage + at * kStage;
+#pragma unroll
+        for (int i = 0; i < 32; i++)
+            sb[i] = pack2(st[2 * i], st[2 * i + 1]);
+        wgmma_fence();
+#pragma unroll
+        for (int ks = 0; ks < 8; ks++) {
+            wgmma_reg_64x64(x, sb + 4 * ks, panel_step(panels(k_s), ks), ks > 0);
+            stsm4(k.state + panel_at<kChunk>(row, 2 * ks + right), sb + 4 * ks);
+        }
+        wgmma_commit();
+#pragma unroll
+        for (int i = 0; i < 64; i++)
+            st[i] *= last;
+    };
+    take_values(0);
+    take_tiles(0, 0);
+    ask_state(0);
+    for (int c = 0, at = 0, phase = 0; c < k.n_chunks; c++) {
+        const uint32_t k_s = k.stage + at * kStage, a_s = k_s + kKQ, eg_s = a_s + 2 * kChunk * kChunk * 2 + 8 * tq;
+        auto decay2 = [&](int j, int which) {
+            float2 e;
+            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(e.x), "=f"(e.y) : "r"(eg_s + which * kChunk * 4 + j * 32));
+            return e;
+        };
+        wgmma_wait<0>();
+        wgmma_hold(x);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 e = decay2(j, 0), v0 = unpack2(vw[2 * j]), v1 = unpack2(vw[2 * j + 1]);
+            r[2 * j] = pack2(v0.x - e.x * x[4 * j], v0.y - e.y * x[4 * j + 1]);
+            r[2 * j + 1] = pack2(v1.x - e.x * x[4 * j + 2], v1.y - e.y * x[4 * j + 3]);
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int ks = 0; ks < 4; ks++)
+            wgmma_reg_64x64(x, r + 4 * ks, panel_step(panels(a_s), ks), ks > 0);
+        wgmma_commit();
+        wgmma_publish();        /* here and not where the state was stored: nothing is left to wait for */
+        warp_arrive(smem_u32(&k.bars->s_full));
+        wgmma_wait<0>();
+        wgmma_hold(x);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 e = decay2(j, 1);
+            r[2 * j] = pack2(e.x * x[4 * j], e.y * x[4 * j + 1]);
+            r[2 * j + 1] = pack2(e.x * x[4 * j + 2], e.y * x[4 * j + 3]);
+            vw[2 * j] = pack2(x[4 * j], x[4 * j + 1]);
+            vw[2 * j + 1] = pack2(x[4 * j + 2], x[4 * j + 3]);
+        }
+        mbar_sleep(smem_u32(&k.bars->d_empty), (c & 1) ^ 1);
+        wgmma_fence();
+#pragma unroll
+        for (int ks = 0; ks < 4; ks++) {
+            wgmma_64x128(st, r + 4 * ks, panel_rows(panels(k_s), ks));
+            stsm4(k.delta + panel_at<kChunk>(row, 2 * ks + right), vw + 4 * ks);
+        }
+        wgmma_commit();
+        const int here = at;
+        const bool more = c + 1 < k.n_chunks;
+        if (more)
+            take_values(c + 1);
+        wgmma_publish();
+        warp_arrive(smem_u32(&k.bars->d_full));
+        last = 1.f;
+        if (more) {
+            if (++at == kStages) {
+                at = 0;
+                phase ^= 1;
+            }
+            take_tiles(at, phase);
+        }
+        mbar_sleep(smem_u32(&k.bars->s_empty), c & 1);
+        wgmma_wait<0>();
+        wgmma_hold(st);
+        warp_arrive(smem_u32(&k.bars->empty[here]));
+        ask_state(at);          /* after the last chunk for nothing: products under a condition would be serialized */
+    }
+    wgmma_wait<0>();
+    wgmma_hold(x);
+#pragma unroll
+    for (int i = 0; i < 64; i++)
+        S[((i >> 2) * 8 + 2 * tq + (i & 1)) * kDim + ((i >> 1) & 1) * 8] = st[i];
+}
+
+/* Outputs, tokens along the rows: O = e^gamma Q S + P Vn. One of its threads asks for the tiles. */
+template <bool SPLIT> __device__ __forceinline__ void walk_outputs(const gdn_args &a, const walk &k)
+{
+    const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31;
+    const int row = w * 16 + ((lane >> 3) & 1) * 8 + (lane & 7), right = lane >> 4;
+    float o[32];
+    auto ask = [&](int c, int at) {
+        const uint32_t full = smem_u32(&k.bars->full[at]), stage = k.stage + at * kStage;
+        mbar_expect(full, kKQ + kRec);
+        bulk_load(stage, a.kq + ((k.id0 + c) * a.n_k + k.kh) * kKQ, kKQ, full);
+        bulk_load(stage + kKQ, a.rec + ((k.id0 + c) * a.n_v + k.h) * kRec, kRec, full);
+    };
+    if (tid == 0)
+        for (int c = 0; c < min(kStages, k.n_chunks); c++)
+            ask(c, c);
+    for (int c = 0, at = 0, phase = 0; c < k.n_chunks; c++) {
+        const uint32_t q_s = k.stage + at * kStage + kTile, p_s = q_s + kTile + kChunk * kChunk * 2;
+        mbar_sleep(smem_u32(&k.bars->full[at]), phase);
+        float e0, e1;
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e0) : "r"(p_s + kChunk * kChunk * 2 + (w * 16 + (lane >> 2)) * 4));
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e1) : "r"(p_s + kChunk * kChunk * 2 + (w * 16 + (lane >> 2) + 8) * 4));
+        mbar_sleep(smem_u32(&k.bars->s_full), c & 1);
+        wgmma_fence();
+#pragma unroll
+        for (int ks = 0; ks < 8; ks++)
+            wgmma_ss(o, panel_step(panels(q_s), ks), panel_step(panels(k.state), ks), ks > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_hold(o);
+        warp_arrive(smem_u32(&k.bars->s_empty));
+#pragma unroll
+        for (int i = 0; i < 32; i++)
+            o[i] *= i & 2 ? e1 : e0;
+        mbar_sleep(smem_u32(&k.bars->d_full), c & 1);
+        wgmma_fence();
+#pragma unroll
+        for (int ks = 0; ks < 4; ks++)
+            wgmma_ss(o, panel_step(panels(p_s), ks), panel_step(panels(k.delta), ks), 1);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_hold(o);
+        warp_arrive(smem_u32(&k.bars->d_empty));
+        warp_arrive(smem_u32(&k.bars->empty[at]));
+        mbar_sleep(smem_u32(&k.bars->o_empty[c & 1]), ((c >> 1) & 1) ^ 1);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            const uint32_t r[4] = { pack2(o[4 * j], o[4 * j + 1]), pack2(o[4 * j + 2], o[4 * j + 3]), pack2(o[4 * j + 4], o[4 * j + 5]),
+                                    pack2(o[4 * j + 6], o[4 * j + 7]) };
+            stsm4(k.o + (c & 1) * kColTile + at64(row, j + right), r);
+        }
+        if (SPLIT)
+            wgmma_publish();
+        warp_arrive(smem_u32(&k.bars->o_full[c & 1]));
+        if (tid == 0 && c + kStages < k.n_chunks) {
+            mbar_sleep(smem_u32(&k.bars->empty[at]), phase);
+            ask(c + kStages, at);
+        }
+        if (++at == kStages) {
+            at = 0;
+            phase ^= 1;
+        }
+    }
+}
+
+/* Convolution of v: a warp has 16 tokens of a chunk, a lane two channels. Inputs of the next chunk are on their way meanwhile. */
+template <bool SPLIT> __device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k, int first, int step, uint32_t raw)
+{
+    const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31;
+    const int ch = 2 * a.n_k * kDim + k.h * kDim + k.cb * kWalkCols, ld = (int)a.ld_proj;
+    const float4 *w4 = (const float4 *)(a.conv_w + (int64_t)(ch + lane * 2) * 4);
+    const float4 wa = w4[0], wb = w4[1];
+    auto input = [&](int i) {
+        return i >= 0 ? a.proj + (int64_t)(k.t0 + i) * ld + a.u_off + ch : conv_state(a, k.s) + (int64_t)(3 + i) * a.n_conv + ch;
+    };
+    auto ask = [&](int c, int half) {       /* rows of 64 channels, from three tokens before the chunk on */
+        const int r0 = tid >> 3, i0 = c * kChunk - 3 + r0, piece = (tid & 7) * 8;
+        const uint32_t dst = raw + half * kRawTile + r0 * 128 + piece * 2;
+        if (c > 0 && (c + 1) * kChunk <= k.n) {
+            const bf16 *row = input(i0) + piece;
+#pragma unroll
+            for (int j = 0; j < 4; j++, row += 16 * ld)
+                cp16(dst + j * 16 * 128, row, true);
+            if (r0 < 3)
+                cp16(dst + 64 * 128, row, true);
+        } else {
+            for (int j = 0; j < 5; j++)
+                if (j * 16 + r0 < kChunk + 3)
+                    cp16(dst + j * 16 * 128, input(min(i0 + j * 16, k.n - 1)) + piece, true);
+        }
+        cp_commit();
+    };
+    if (first < k.n_chunks)
+        ask(first, 0);
+    for (int c = first, half = 0; c < k.n_chunks; c += step, half ^= 1) {
+        cp_wait<0>();
+        asm volatile("bar.sync %0, 128;" ::"r"(first + 1) : "memory");      /* and all have left the other half */
+        if (c + step < k.n_chunks)
+            ask(c + step, half ^ 1);
+        /* v and z of chunk c + 4: two warps each, a row per lane. */
+        if (const int i = (c + 4) * kChunk + (w & 1) * 32 + lane; i < k.n)
+            l2_prefetch(a.proj + (int64_t)(k.t0 + i) * ld + k.h * kDim + k.cb * kWalkCols + (w < 2 ? a.u_off + 2 * a.n_k * kDim : a.z_off));
+        const uint32_t from = raw + half * kRawTile + w * 16 * 128 + lane * 4, to = k.v + (c & 1) * kColTile + (lane & 3) * 4;
+        auto token = [&](int i) {
+            uint32_t v;
+            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(from + i * 128));
+            return unpack2(v);
+        };
+        mbar_sleep(smem_u32(&k.bars->v_empty[c & 1]), ((c >> 1) & 1) ^ 1);
+        float2 h0 = token(0), h1 = token(1), h2 = token(2);
+#pragma unroll
+        for (int i = 0; i < 16; i += 4) {
+            float y[8];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 x = token(3 + i + j);
+                y[2 * j] = wa.x * h0.x + wa.y * h1.x + wa.z * h2.x + wa.w * x.x;
+                y[2 * j + 1] = wb.x * h0.y + wb.y * h1.y + wb.z * h2.y + wb.w * x.y;
+                h0 = h1;
+                h1 = h2;
+                h2 = x;
+            }
+            silu8(y);
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                asm volatile("st.shared.b32 [%0], %1;"
+                             ::"r"(to + at64(w * 16 + i + j, lane >> 2)), "r"(pack2(y[2 * j], y[2 * j + 1])) : "memory");
+        }
+        for (int i = max(k.n - c * kChunk - w * 16, 0); i < 16; i++)        /* tokens past the end */
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + at64(w * 16 + i, lane >> 2)), "r"(0) : "memory");
+        if (SPLIT)
+            wgmma_publish();
+        warp_arrive(smem_u32(&k.bars->v_full[c & 1]));
+    }
+    if (first == 0 && w == 0) {     /* every reader of the state was before the first barrier; these channels are this block's alone */
+        uint32_t r[3];
+#pragma unroll
+        for (int i = 0; i < 3; i++)
+            r[i] = *(const uint32_t *)(input(k.n - 3 + i) + lane * 2);
+#pragma unroll
+        for (int i = 0; i < 3; i++)
+            *(uint32_t *)(conv_state(a, k.s) + (int64_t)i * a.n_conv + ch + lane * 2) = r[i];
+    }
+}
+
+/* Norm and gate of every second chunk: 8 threads have a token's 64 columns, the other block sums the squares of the other 64. */
+template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k, int first)
+{
+    const int tid = threadIdx.x & 127, piece = tid & 7, row0 = tid >> 3;
+    const int col = k.h * kDim + k.cb * kWalkCols + piece * 8, ld = (int)a.ld_proj, ld_out = (int)a.ld_out;
+    const float4 *w4 = (const float4 *)(a.norm_w + k.cb * kWalkCols + piece * 8);
+    const float4 wa = w4[0], wb = w4[1];
+    const float wn[8] = { wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w };
+    const uint32_t sums = smem_u32(k.sums) + (first * 2 * kChunk + row0 * 4) * 4, peer = smem_u32(&k.bars->peer[first]);
+    const uint32_t far_sums = SPLIT ? 0 : of_rank(sums, k.cb ^ 1), far_peer = SPLIT ? 0 : of_rank(peer, k.cb ^ 1);
+    unsigned char *posted = a.sums + ((int64_t)blockIdx.z * a.n_v + k.h) * kSums + row0 * 32;
+    const uint32_t from = k.o + first * kColTile + at64(row0, piece);
+    uint4 zv[4];
+    auto ask = [&](int c) {
+        const bf16 *row = a.proj + (int64_t)(k.t0 + c * kChunk + row0) * ld + a.z_off + col;
+#pragma unroll
+        for (int p = 0; p < 4; p++)
+            zv[p] = c * kChunk + p * 16 + row0 < k.n ? *(const uint4 *)(row + (int64_t)p * 16 * ld) : make_uint4(0, 0, 0, 0);
+    };
+    ask(first);
+    for (int c = first; c < k.n_chunks; c += 2) {
+        uint4 ov[4];
+        float ss[4];
+        mbar_sleep(smem_u32(&k.bars->o_full[first]), (c >> 1) & 1);
+#pragma unroll
+        for (int p = 0; p < 4; p++)
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(ov[p].x), "=r"(ov[p].y), "=r"(ov[p].z), "=r"(ov[p].w)
+                         : "r"(from + p * 16 * 128));
+        if (SPLIT)
+            warp_arrive(smem_u32(&k.bars->o_empty[first]));
+#pragma unroll
+        for (int p = 0; p < 4; p++) {
+            float2 f = unpack2(ov[p].x), f1 = unpack2(ov[p].y), f2 = unpack2(ov[p].z), f3 = unpack2(ov[p].w);
+            ss[p] = f.x * f.x + f.y * f.y + f1.x * f1.x + f1.y * f1.y + f2.x * f2.x + f2.y * f2.y + f3.x * f3.x + f3.y * f3.y;
+        }
+#pragma unroll
+        for (int d = 1; d < 8; d <<= 1)
+#pragma unroll
+            for (int p = 0; p < 4; p++)
+                ss[p] += __shfl_xor_sync(0xffffffffu, ss[p], d);
+        float far[4];
+        if (SPLIT) {
+            /* The other half is in another cluster, but runs: the grid is launched so only where all of it fits. */
+            unsigned char *mine = posted + (k.cb * 4 + (c & 3)) * kChunk * 8 + (piece & 1) * 16;
+            const unsigned char *theirs = posted + ((k.cb ^ 1) * 4 + (c & 3)) * kChunk * 8;
+            auto look = [](const unsigned char *at, float *x, int *tag) {
+                asm volatile("ld.volatile.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                             : "=f"(x[0]), "=r"(tag[0]), "=f"(x[1]), "=r"(tag[1]) : "l"(at) : "memory");
+            };
+            if (piece < 2)
+                asm volatile("st.volatile.global.v4.b32 [%0], {%1, %2, %3, %2};"
+                             ::"l"(mine), "r"(__float_as_int(piece ? ss[2] : ss[0])), "r"(c + 1), "r"(__float_as_int(piece ? ss[3] : ss[1]))
+                             : "memory");
+            int tag[4];
+            do {
+                look(theirs, far, tag);
+                look(theirs + 16, far + 2, tag + 2);
+            } while (tag[0] != c + 1 || tag[1] != c + 1 || tag[2] != c + 1 || tag[3] != c + 1);
+        } else {
+            /* Stores that complete a transaction: an arrival that releases would wait for all stores of outputs before it. Two places in
+             * turn: the other block may send the next sums before these are read, but not those after, which need this block's next. */
+            const int slot = ((c >> 1) & 1) * kChunk * 4;
+            if (tid == 0)
+                mbar_expect(peer, kChunk * 4);
+            if (piece == 0)
+                asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                             ::"r"(far_sums + slot), "f"(ss[0]), "f"(ss[1]), "f"(ss[2]), "f"(ss[3]), "r"(far_peer) : "memory");
+            mbar_sleep(peer, (c >> 1) & 1);
+            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                         : "=f"(far[0]), "=f"(far[1]), "=f"(far[2]), "=f"(far[3]) : "r"(sums + slot));
+            /* Only now: were the next outputs there already, the barrier could complete its next phase before a slow warp has seen this
+             * one (and then it would wait for ever), and fast warps could send their next sums before a slow one has sent these. */
+            warp_arrive(smem_u32(&k.bars->o_empty[first]));
+        }
+        bf16 *row = a.out + (int64_t)(k.t0 + c * kChunk + row0) * ld_out + col;
+#pragma unroll
+        for (int p = 0; p < 4; p++) {
+            float rho;
+            asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(rho) : "f"((ss[p] + far[p]) * (1.f / kDim) + a.eps));
+            const uint32_t op[4] = { ov[p].x, ov[p].y, ov[p].z, ov[p].w }, zp[4] = { zv[p].x, zv[p].y, zv[p].z, zv[p].w };
+            uint32_t r[4];
+            float y[8];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float2 z = unpack2(zp[e]);
+                y[2 * e] = z.x;
+                y[2 * e + 1] = z.y;
+            }
+            silu8(y);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float2 f = unpack2(op[e]);
+                r[e] = pack2(f.x * rho * wn[2 * e] * y[2 * e], f.y * rho * wn[2 * e + 1] * y[2 * e + 1]);
+            }
+            if (c * kChunk + p * 16 + row0 < k.n)
+                *(uint4 *)(row + (int64_t)p * 16 * ld_out) = make_uint4(r[0], r[1], r[2], r[3]);
+        }
+        ask(c + 2);
+    }
+}
+
+/* Moves the convolution state of the key head's q or k on; one warp, since the kernel before has read it. */
+__device__ __forceinline__ void move_conv_state(const gdn_args &a, const walk &k, int lane)
+{
+    bf16 *rec = conv_state(a, k.s);
+    const int ch = (k.cb * a.n_k + k.kh) * kDim + lane * 4;
+    uint2 r[3];
+#pragma unroll
+    for (int i = 0; i < 3; i++)
+        r[i] = conv_in4(a, rec, k.t0, k.n - 3 + i, ch);
+#pragma unroll
+    for (int i = 0; i < 3; i++)
+        *(uint2 *)(rec + (int64_t)i * a.n_conv + ch) = r[i];
+}
+
+/*
+ * Between the two blocks of a column half. Tiles finished here (`sent`) are copied to the same place of the other block and complete its
+ * barrier; for tiles that come (`got`) bytes are expected; where readers here let such a tile go (`back`), the other block
+ * is told.
+ */
+__device__ __forceinline__ void walk_relay(const walk &k, int other, uint32_t tile, uint64_t *sent, uint64_t *got, uint64_t *back)
+{
+    const int warp = (threadIdx.x >> 5) & 3;
+    if ((threadIdx.x & 31) == 0)
+        for (int c = 0; c < k.n_chunks; c++) {
+            const int slot = c & 1, parity = (c >> 1) & 1;
+            if (warp == 0) {
+                const uint32_t src = tile + slot * kColTile;
+                mbar_sleep(smem_u32(sent + slot), parity);
+                asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                             ::"r"(of_rank(src, other)), "r"(src), "r"(kColTile), "r"(of_rank(smem_u32(sent + slot), other)) : "memory");
+            } else if (warp == 1) {
+                mbar_sleep(smem_u32(back + slot), parity);
+                mbar_arrive_written(of_rank(smem_u32(back + slot), other));
+            } else if (warp == 2) {
+                if (c >= 2)
+                    mbar_sleep(smem_u32(got + slot), parity ^ 1);
+                mbar_expect(smem_u32(got + slot), kColTile);
+            }
+        }
+    __syncwarp();
+}
+
+/*
+ * SPLIT, for few sequences: a second block, the helper, does what need not be in the block of the serial part, and tiles of v and of
+ * outputs go from block to block within a cluster. (Clusters of four, with both halves of the columns, did not all fit an H100 at once.)
+ */
+template <bool SPLIT> __device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *smem, walk_bars *bars, float *sums)
+{
+    walk k;
+    const bool helper = SPLIT && (blockIdx.x & 1);
+    k.cb = SPLIT ? blockIdx.x >> 1 : blockIdx.x;
+    k.h = blockIdx.y;
+    k.kh = k.h / a.ratio;
+    k.s = a.seq0 + blockIdx.z;
+    k.t0 = a.cu[k.s];
+    k.n = a.cu[k.s + 1] - k.t0;
+    if (k.n == 0)
+        return;
+    k.n_chunks = (k.n + kChunk - 1) / kChunk;
+    k.id0 = chunk_id(a, k.s, 0);
+    k.stage = smem_u32(smem);
+    k.v = k.stage + kStages * kStage;
+    k.o = k.v + 2 * kColTile;
+    k.state = k.o + 2 * kColTile;
+    k.delta = k.state + kTile;
+    k.bars = bars;
+    k.sums = sums;
+    const uint32_t raw = SPLIT ? k.stage : k.delta + kColTile;
+    if (threadIdx.x == 0) {
+        auto init = [&](uint64_t &bar, int count) { mbar_init(smem_u32(&bar), count); };
+        for (int i = 0; i < kStages; i++) {
+            init(bars->full[i], 1);
+            init(bars->empty[i], 8);
+        }
+        for (int i = 0; i < 2; i++) {
+            init(bars->v_full[i], SPLIT && !helper ? 1 : 4);
+            init(bars->v_empty[i], helper ? 1 : 4);
+            init(bars->o_full[i], helper ? 1 : 4);
+            init(bars->o_empty[i], SPLIT && !helper ? 1 : 4);
+            init(bars->peer[i], 1);
+        }
+        init(bars->s_full, 4);
+        init(bars->s_empty, 4);
+        init(bars->d_full, 4);
+        init(bars->d_empty, 4);
+        mbar_publish();
+    }
+    cluster_sync();
+    const int role = threadIdx.x >> 7;
+    auto gate = [&] {
+        walk_gate<SPLIT>(a, k, role - 3);
+        if (threadIdx.x < 3 * 128 + 32 && k.h % a.ratio == 0)
+            move_conv_state(a, k, threadIdx.x & 31);
+    };
+    /* Registers: 192 + 2 * 64 + 2 * 80 make the 480 of five warpgroups of 96. */
+    if (helper) {
+        if (role == 0)
+            walk_relay(k, 0, k.v, bars->v_full, bars->o_full, bars->o_empty);
+        else if (role <= 2)
+            walk_values<SPLIT>(a, k, role - 1, 2, raw + (role - 1) * 2 * kRawTile);
+        else
+            gate();
+    } else if (role == 0) {
+        registers_up<192>();
+        walk_state(a, k);
+    } else if (role == 1) {
+        registers_down<64>();
+        walk_outputs<SPLIT>(a, k);
+    } else if (role == 2) {
+        registers_down<64>();
+        if (SPLIT)
+            walk_relay(k, 1, k.o, bars->o_full, bars->v_full, bars->v_empty);
+        else
+            walk_values<SPLIT>(a, k, 0, 1, raw);
+    } else {
+        registers_down<80>();
+        if (!SPLIT)
+            gate();
+    }
+    if (SPLIT)      /* blocks of a cluster write into each other's memory, so none may go before the last */
+        cluster_sync();
+}
+
+#endif
+
+__global__ void __launch_bounds__(256, 3) tile_kernel(const gdn_args a)
+{
+    extern __shared__ __align__(128) unsigned char gdn_smem[];
+    pdl_launch();
+    pdl_wait();
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    tile_block(a, gdn_smem + (-smem_u32(gdn_smem) & 1023));
+#endif
+}
+
+template <bool SPLIT> __global__ void __launch_bounds__(kWalkThreads, 1) walk_kernel(const gdn_args a)
+{
+    extern __shared__ __align__(128) unsigned char gdn_smem[];
+    pdl_launch();
+    pdl_wait();
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    __shared__ walk_bars bars;          /* its presence tells have_walk() that the code is there */
+    __shared__ __align__(16) float sums[4 * kChunk];
+    walk_block<SPLIT>(a, gdn_smem + (-smem_u32(gdn_smem) & 1023), &bars, sums);
+#endif
+}
+
+} // namespace
+
+#endif
