@@ -210,7 +210,8 @@ __global__ void __launch_bounds__(32) decode_kernel(const attn_args a)
         cp_commit();
     };
     /* The step's own key, in the last block of a row, is written by the kernel before this one. A warp that has it among its first only
-     * brings them as far as the L2; the others start copying. */
+     * brings them as far as the L2; the others start copying. Nothing in flight may write other keys of a decode row: a step begins and ends
+     * with copies that wait for all before them, and each layer has a cache of its own. */
     const bool early = !QUANT && n > 0 && at.b + min(n, kDecStages - 1) < at.span.nb;
     if (early) {
         for (int i = 0; i < kDecStages - 1; i++)

@@ -51,6 +51,8 @@ struct arle_device {
     std::atomic<uint64_t> mem_used;
     std::atomic<int64_t> fault_kernel, fault_alloc;     /* count down to the injected fault; below zero: off */
 
+    int tma_code;                       /* gemm_tma.cuh: 1 its kernels are in this build and run here, -1 they do not, 0 not asked yet */
+    bool counted;                       /* among the open records of its GPU */
     bool no_wide;                       /* gemm_wide.cu has found that its kernels do not run here */
     int wide_clusters;                  /* how many pairs of its blocks are resident at a time, once it has asked */
     cublasLtHandle_t lt;
@@ -140,6 +142,9 @@ static inline int launch(arle_device *dev, cudaStream_t st, void (*kernel)(P...)
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/** Whether no other record of this process is open on the same GPU. Kernels whose blocks wait for each other need all of them to be
+ * resident, which other streams' kernels of the same kind could prevent. */
+bool device_alone(const arle_device *dev);
 /** Waits, once, for weights that are still on their way. */
 int loader_settle(arle_device *dev);
 void loader_free(arle_device *dev);

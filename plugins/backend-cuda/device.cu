@@ -17,6 +17,9 @@ const char *const count_names[COUNT_N] = {
 /* Architectures this file was compiled for; the oldest that runs is 8.0. */
 const int kMinCc = 80;
 
+/* Open records by ordinal, for device_alone(). */
+std::atomic<int> open_on[64];
+
 int driver_reason(struct arle_err *err, cudaError_t e)
 {
     int driver = 0, runtime = 0;
@@ -219,6 +222,10 @@ extern "C" int cuda_open_device(void *ctx, uint32_t index, struct arle_device **
     if (r < 0)
         goto fail;
     set_faults(dev);
+    if (dev->ordinal < 64) {
+        open_on[dev->ordinal].fetch_add(1);
+        dev->counted = true;
+    }
     *out = dev;
     return 0;
 fail:
@@ -231,6 +238,8 @@ extern "C" void cuda_close_device(struct arle_device *dev)
     if (dev == NULL)
         return;
     cudaSetDevice(dev->ordinal);
+    if (dev->counted)
+        open_on[dev->ordinal].fetch_sub(1);
     loader_free(dev);
     lt_plans_free(dev);
     void *const mem[] = { dev->lt_work, dev->partial, dev->tickets, dev->attn_work, dev->sample_work };
@@ -241,6 +250,8 @@ extern "C" void cuda_close_device(struct arle_device *dev)
     pthread_mutex_destroy(&dev->mu);
     free(dev);
 }
+
+bool device_alone(const arle_device *dev) { return dev->counted && open_on[dev->ordinal].load() == 1; }
 
 int cuda_fail(arle_device *dev, cudaError_t e, const char *what, const char *file, int line)
 {
@@ -265,6 +276,7 @@ int cuda_enter(arle_device *dev, cudaStream_t st)
 {
     if (dev->dead.load(std::memory_order_relaxed))
         return -EIO;
+    CUDA_TRY(dev, cudaSetDevice(dev->ordinal));         /* the engine's thread is not the one that opened the device */
     if (dev->fault_kernel.load(std::memory_order_relaxed) > 0 && dev->fault_kernel.fetch_sub(1) == 1)
         trap_kernel<<<1, 1, 0, st>>>();
     return loader_settle(dev);

@@ -526,11 +526,24 @@ static int gemm_tma_tokens(arle_device *dev, cudaStream_t st, tma_args a)
     }
 }
 
+/* Code built for 9.0 without the "a" has the kernels' names, but nothing in them: no shared memory either. */
+static inline bool tma_ready(arle_device *dev)
+{
+    if (dev->tma_code == 0) {
+        cudaFuncAttributes fa;
+        const bool yes = cudaFuncGetAttributes(&fa, (const void *)gemm_tma_kernel<16, 4>) == cudaSuccess && fa.sharedSizeBytes > 0;
+        if (!yes)
+            cudaGetLastError();
+        dev->tma_code = yes ? 1 : -1;
+    }
+    return dev->tma_code > 0;
+}
+
 /** Whether gemm_tma serves a (its `out` as well) here: 9.0, rows of 16 bytes, not in deterministic mode. */
-static inline bool gemm_tma_fits(const arle_device *dev, const gemm_args &a, bool norm)
+static inline bool gemm_tma_fits(arle_device *dev, const gemm_args &a, bool norm)
 {
     if (dev->cc != 90 || dev->deterministic || a.rows <= dev->stream_rows || a.rows > dev->tma_rows || a.k % 8 != 0 || a.ld_x % 8 != 0
-        || ((uintptr_t)a.x & 15) != 0 || tensor_map_encoder() == NULL)
+        || ((uintptr_t)a.x & 15) != 0 || tensor_map_encoder() == NULL || !tma_ready(dev))
         return false;
     const int tokens = a.rows <= 16 ? 16 : a.rows <= 32 ? 32 : 64;
     const tma_plan p = tma_choose(dev->n_sm, a.n, a.k, tokens, norm ? 1 : 8);

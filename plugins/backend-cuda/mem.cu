@@ -241,8 +241,8 @@ extern "C" int cuda_graph_begin(struct arle_device *dev, struct arle_stream *st,
 {
     if (dev->dead.load())
         return cuda_dead(dev, err);
-    if (loader_settle(dev) < 0)
-        return cuda_dead(dev, err);
+    if (cudaSetDevice(dev->ordinal) != cudaSuccess || loader_settle(dev) < 0)
+        return cuda_dead(dev, err) < 0 ? -EIO : arle_err_set(err, -EIO, "GPU %d cannot be chosen", dev->ordinal);
     /* Thread-local: movers may allocate and copy on their own threads while a step is being captured. */
     return answer(dev, cudaStreamBeginCapture(cs(st), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture", err);
 }

@@ -78,11 +78,11 @@ struct walk_launch {
     }
 };
 
-/* Helpers wait for each other, so all of them must run at once. */
+/* Helpers wait for each other, so all of them must run at once: on a GPU of their own, and where the whole grid fits. */
 bool split_fits(const arle_device *dev, cudaStream_t st, const gdn_args &a)
 {
     int n = 0;
-    if (4 * a.n_v * a.n_seqs > dev->n_sm)
+    if (4 * a.n_v * a.n_seqs > dev->n_sm || !device_alone(dev))
         return false;
     const walk_launch l(dev, st, a, true);
     return cudaFuncSetAttribute((const void *)walk_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, kWalkSmem) == cudaSuccess

@@ -566,7 +566,7 @@ int run_routed(arle_device *dev, cudaStream_t st, const arle_moe_experts_args *a
     so.src = s->src;
     so.pair = s->pair;
     so.shared = dev->tickets;
-    const int blocks = up.rows < 4096 ? 1 : (int)ceil_div(up.rows, 1024), most = dev->n_sm < 64 ? dev->n_sm : 64;
+    const int blocks = up.rows < 4096 || !device_alone(dev) ? 1 : (int)ceil_div(up.rows, 1024), most = dev->n_sm < 64 ? dev->n_sm : 64;
     int r = launch(dev, st, sort_kernel, dim3(blocks < most ? blocks : most), dim3(1024), 0, so);
     if (r < 0)
         return r;
@@ -620,7 +620,7 @@ extern "C" int cuda_moe_experts(struct arle_device *dev, struct arle_stream *st,
         || d->n % 8 != 0 || a->ld_x % 8 != 0 || a->ld_y % 8 != 0 || (a->shared_gate_up == NULL) != (a->shared_down == NULL))
         return -EINVAL;
     /* Many tokens: expert outputs are rounded to bf16 before the sum, which halves the largest traffic of the op. */
-    const bool f32 = a->n_tokens <= 256;
+    const bool f32 = dev->deterministic || a->n_tokens <= 256;
     moe_scratch s = cut((char *)a->scratch, a, f32);
     if (a->scratch == NULL || s.bytes > a->scratch_bytes)
         return -EINVAL;
