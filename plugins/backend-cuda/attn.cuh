@@ -96,6 +96,20 @@ __device__ __forceinline__ void expand_i4(const char *entry, int vec, int n_vec,
         v[i] *= 0.08838834764831845f;
 }
 
+/* Sixteen values of vector `vec` of a quantised entry as eight packed pairs, half a warp a vector. */
+__device__ __forceinline__ void expand_packed(const attn_args &a, const char *entry, int vec, int l16, uint32_t *v)
+{
+    if (a.kv_dtype == ARLE_I4G) {
+        float f[16];
+        expand_i4(entry, vec, 2 * a.n_kv, l16, f);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            v[j] = pack2(f[2 * j], f[2 * j + 1]);
+    } else {
+        expand16(entry, vec, 2 * a.n_kv, l16, a.kv_dtype, v);
+    }
+}
+
 /* Brings `rows` keys and values from position p0 on into shared memory as bf16 (K at dst, V at dst + rows * kRow), with n_lanes
  * threads. Positions from `end` on become zeros: their scores are masked, but 0 * garbage would still be NaN. */
 template <bool QUANT, int ROWS>
@@ -116,17 +130,7 @@ __device__ __forceinline__ void load_kv(const attn_args &a, const int32_t *table
         int r = i >> 5, half = (i >> 4) & 1, l16 = i & 15, p = p0 + r;     /* half 0: key, 1: value */
         uint32_t v[8];
         if (p < end) {
-            const char *e = entry_of(a, table, p);
-            int vec = head + half * a.n_kv;
-            if (a.kv_dtype == ARLE_I4G) {
-                float f[16];
-                expand_i4(e, vec, 2 * a.n_kv, l16, f);
-#pragma unroll
-                for (int j = 0; j < 8; j++)
-                    v[j] = pack2(f[2 * j], f[2 * j + 1]);
-            } else {
-                expand16(e, vec, 2 * a.n_kv, l16, a.kv_dtype, v);
-            }
+            expand_packed(a, entry_of(a, table, p), head + half * a.n_kv, l16, v);
         } else {
 #pragma unroll
             for (int j = 0; j < 8; j++)

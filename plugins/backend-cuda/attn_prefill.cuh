@@ -37,16 +37,7 @@ __device__ __forceinline__ void load_groups(const attn_args &a, const int32_t *t
         int r = i >> 4, l16 = i & 15, p = p0 + r, vec = head + half * a.n_kv;
         uint32_t v[8] = {};
         /* Both halves of the warp take part in shuffles; past the end they read the last entry and write zeros. */
-        const char *e = entry_of(a, table, min(p, end - 1));
-        if (a.kv_dtype == ARLE_I4G) {
-            float f[16];
-            expand_i4(e, vec, 2 * a.n_kv, l16, f);
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-                v[j] = pack2(f[2 * j], f[2 * j + 1]);
-        } else {
-            expand16(e, vec, 2 * a.n_kv, l16, a.kv_dtype, v);
-        }
+        expand_packed(a, entry_of(a, table, min(p, end - 1)), vec, l16, v);
         if (p >= end)
 #pragma unroll
             for (int j = 0; j < 8; j++)

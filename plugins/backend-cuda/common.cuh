@@ -145,6 +145,15 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 /** Whether no other record of this process is open on the same GPU. Kernels whose blocks wait for each other need all of them to be
  * resident, which other streams' kernels of the same kind could prevent. */
 bool device_alone(const arle_device *dev);
+/** Whether the build has code for this GPU in a kernel whose body is for 9.0 with the "a" alone: elsewhere it has no shared memory either. */
+static inline bool has_code(const void *kernel)
+{
+    cudaFuncAttributes fa;
+    if (cudaFuncGetAttributes(&fa, kernel) == cudaSuccess)
+        return fa.sharedSizeBytes > 0;
+    cudaGetLastError();
+    return false;
+}
 /** Waits, once, for weights that are still on their way. */
 int loader_settle(arle_device *dev);
 void loader_free(arle_device *dev);

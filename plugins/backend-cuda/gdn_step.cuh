@@ -36,6 +36,59 @@ __device__ __forceinline__ void tap_store(const gdn_args &a, bf16 *rec, int c, c
     rec[2 * a.n_conv + c] = __float2bfloat16_rn(p.h2);
 }
 
+/* Adds this warp's sixteen rows of S to S^T k and S^T q; k and q are scaled on the way. */
+__device__ __forceinline__ void row_products(const float4 (&st)[16], const float *sk, const float *sq, float rk, float rq, float4 &mk,
+                                             float4 &mq)
+{
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        const float k = sk[j] * rk, q = sq[j] * rq;
+        mk.x += st[j].x * k;
+        mk.y += st[j].y * k;
+        mk.z += st[j].z * k;
+        mk.w += st[j].w * k;
+        mq.x += st[j].x * q;
+        mq.y += st[j].y * q;
+        mq.z += st[j].z * q;
+        mq.w += st[j].w * q;
+    }
+}
+
+/* Adds the eight warps' parts of S^T k and S^T q, in order. */
+__device__ __forceinline__ void join_parts(const float (*part_k)[kDim], const float (*part_q)[kDim], int lane, float4 &m, float4 &o)
+{
+#pragma unroll
+    for (int w = 0; w < 8; w++) {
+        const float4 x = *(const float4 *)&part_k[w][lane * 4], y = *(const float4 *)&part_q[w][lane * 4];
+        m.x += x.x;
+        m.y += x.y;
+        m.z += x.z;
+        m.w += x.w;
+        o.x += y.x;
+        o.y += y.y;
+        o.z += y.z;
+        o.w += y.w;
+    }
+}
+
+/* The gated norm of token t, head h, from o = S^T q before the update, by one warp: o = S'^T q = decay S^T q + (k . q) d, so that no second
+ * pass over S is needed. gate() gives the lane's four values of z. */
+template <class G>
+__device__ __forceinline__ void put_result(const gdn_args &a, int t, int h, int lane, float4 o, float4 d, float decay, float kq, G gate)
+{
+    o.x = round_bf(decay * o.x + kq * d.x);
+    o.y = round_bf(decay * o.y + kq * d.y);
+    o.z = round_bf(decay * o.z + kq * d.z);
+    o.w = round_bf(decay * o.w + kq * d.w);
+    const float rho = rsqrtf(warp_sum(o.x * o.x + o.y * o.y + o.z * o.z + o.w * o.w) / (float)kDim + a.eps);
+    const uint2 z2 = gate();
+    const float2 za = unpack2(z2.x), zb = unpack2(z2.y);
+    const float4 w = *(const float4 *)(a.norm_w + lane * 4);
+    *(uint2 *)(a.out + (int64_t)t * a.ld_out + h * kDim + lane * 4) =
+        make_uint2(pack2(o.x * rho * w.x * siluf(za.x), o.y * rho * w.y * siluf(za.y)),
+                   pack2(o.z * rho * w.z * siluf(zb.x), o.w * rho * w.w * siluf(zb.y)));
+}
+
 const int kStepSmem = kDim * kDim * 4;
 
 /*
@@ -121,34 +174,12 @@ __global__ void __launch_bounds__(256, 2) step_kernel(const gdn_args a)
             float rk = rsqrtf(sums[1][0] + sums[1][1] + sums[1][2] + sums[1][3] + 1e-6f);
             float kq = (sums[2][0] + sums[2][1] + sums[2][2] + sums[2][3]) * rq * rk;
             float4 mk = make_float4(0.f, 0.f, 0.f, 0.f), mq = mk;
-#pragma unroll
-            for (int j = 0; j < 16; j++) {
-                float k = sk[warp * 16 + j] * rk, q = sq[warp * 16 + j] * rq;
-                mk.x += st[j].x * k;
-                mk.y += st[j].y * k;
-                mk.z += st[j].z * k;
-                mk.w += st[j].w * k;
-                mq.x += st[j].x * q;
-                mq.y += st[j].y * q;
-                mq.z += st[j].z * q;
-                mq.w += st[j].w * q;
-            }
+            row_products(st, sk + warp * 16, sq + warp * 16, rk, rq, mk, mq);
             *(float4 *)&part_k[warp][lane * 4] = mk;
             *(float4 *)&part_q[warp][lane * 4] = mq;
             __syncthreads();
             float4 m = make_float4(0.f, 0.f, 0.f, 0.f), o = m;
-#pragma unroll
-            for (int w = 0; w < 8; w++) {
-                float4 x = *(const float4 *)&part_k[w][lane * 4], y = *(const float4 *)&part_q[w][lane * 4];
-                m.x += x.x;
-                m.y += x.y;
-                m.z += x.z;
-                m.w += x.w;
-                o.x += y.x;
-                o.y += y.y;
-                o.z += y.z;
-                o.w += y.w;
-            }
+            join_parts(part_k, part_q, lane, m, o);
             float4 v = *(const float4 *)&sv[lane * 4], d;
             d.x = beta * (v.x - decay * m.x);
             d.y = beta * (v.y - decay * m.y);
@@ -163,18 +194,7 @@ __global__ void __launch_bounds__(256, 2) step_kernel(const gdn_args a)
                 st[j].w = decay * st[j].w + k * d.w;
             }
             if (warp == 0) {
-                /* o = S'^T q = decay S^T q + (k . q) d: no second pass over S. */
-                o.x = round_bf(decay * o.x + kq * d.x);
-                o.y = round_bf(decay * o.y + kq * d.y);
-                o.z = round_bf(decay * o.z + kq * d.z);
-                o.w = round_bf(decay * o.w + kq * d.w);
-                float rho = rsqrtf(warp_sum(o.x * o.x + o.y * o.y + o.z * o.z + o.w * o.w) / (float)kDim + a.eps);
-                uint2 z2 = *(const uint2 *)(row + a.z_off + h * kDim + lane * 4);
-                float2 za = unpack2(z2.x), zb = unpack2(z2.y);
-                float4 w = *(const float4 *)(a.norm_w + lane * 4);
-                *(uint2 *)(a.out + (int64_t)t * a.ld_out + h * kDim + lane * 4) =
-                    make_uint2(pack2(o.x * rho * w.x * siluf(za.x), o.y * rho * w.y * siluf(za.y)),
-                               pack2(o.z * rho * w.z * siluf(zb.x), o.w * rho * w.w * siluf(zb.y)));
+                put_result(a, t, h, lane, o, d, decay, kq, [&] { return *(const uint2 *)(row + a.z_off + h * kDim + lane * 4); });
             }
             if (t + 1 < t0 + n)
                 __syncthreads();
@@ -308,18 +328,7 @@ __global__ void __launch_bounds__(256, 2) decode_kernel(const gdn_args a)
         const float rk = rsqrtf(n[1][0] + n[1][1] + n[1][2] + n[1][3] + 1e-6f);
         const float kq = (n[2][0] + n[2][1] + n[2][2] + n[2][3]) * rq * rk;
         float4 mk = make_float4(0.f, 0.f, 0.f, 0.f), mq = mk;
-#pragma unroll
-        for (int j = 0; j < 16; j++) {
-            const float k = v[1][warp * 16 + j] * rk, q = v[0][warp * 16 + j] * rq;
-            mk.x += st[j].x * k;
-            mk.y += st[j].y * k;
-            mk.z += st[j].z * k;
-            mk.w += st[j].w * k;
-            mq.x += st[j].x * q;
-            mq.y += st[j].y * q;
-            mq.z += st[j].z * q;
-            mq.w += st[j].w * q;
-        }
+        row_products(st, v[1] + warp * 16, v[0] + warp * 16, rk, rq, mk, mq);
         *(float4 *)&part[turn][0][warp][lane * 4] = mk;
         *(float4 *)&part[turn][1][warp][lane * 4] = mq;
         __syncthreads();
@@ -330,18 +339,7 @@ __global__ void __launch_bounds__(256, 2) decode_kernel(const gdn_args a)
                 rec[(int64_t)j * a.n_conv + c2] = keep2[j];
             }
         float4 m = make_float4(0.f, 0.f, 0.f, 0.f), o = m;
-#pragma unroll
-        for (int w = 0; w < 8; w++) {
-            const float4 p = *(const float4 *)&part[turn][0][w][lane * 4], q = *(const float4 *)&part[turn][1][w][lane * 4];
-            m.x += p.x;
-            m.y += p.y;
-            m.z += p.z;
-            m.w += p.w;
-            o.x += q.x;
-            o.y += q.y;
-            o.z += q.z;
-            o.w += q.w;
-        }
+        join_parts(part[turn][0], part[turn][1], lane, m, o);
         const float4 vv = *(const float4 *)&v[2][lane * 4];
         const float4 d = make_float4(beta * (vv.x - decay * m.x), beta * (vv.y - decay * m.y), beta * (vv.z - decay * m.z),
                                      beta * (vv.w - decay * m.w));
@@ -352,17 +350,7 @@ __global__ void __launch_bounds__(256, 2) decode_kernel(const gdn_args a)
                                                                              decay * st[j].z + k * d.z, decay * st[j].w + k * d.w);
         }
         if (warp == 0) {
-            /* o = S'^T q = decay S^T q + (k . q) d: no second pass over S. */
-            o.x = round_bf(decay * o.x + kq * d.x);
-            o.y = round_bf(decay * o.y + kq * d.y);
-            o.z = round_bf(decay * o.z + kq * d.z);
-            o.w = round_bf(decay * o.w + kq * d.w);
-            const float rho = rsqrtf(warp_sum(o.x * o.x + o.y * o.y + o.z * o.z + o.w * o.w) / (float)kDim + a.eps);
-            const float2 za = unpack2(z2.x), zb = unpack2(z2.y);
-            const float4 w = *(const float4 *)(a.norm_w + lane * 4);
-            *(uint2 *)(a.out + (int64_t)s * a.ld_out + h * kDim + lane * 4) =
-                make_uint2(pack2(o.x * rho * w.x * siluf(za.x), o.y * rho * w.y * siluf(za.y)),
-                           pack2(o.z * rho * w.z * siluf(zb.x), o.w * rho * w.w * siluf(zb.y)));
+            put_result(a, s, h, lane, o, d, decay, kq, [&] { return z2; });
         }
     }
     cp_wait<0>();

@@ -56,13 +56,6 @@ static __device__ __forceinline__ void tma_box(uint32_t dst, const CUtensorMap *
                  ::"r"(dst), "l"(map), "r"(k), "r"(row), "r"(bar), "l"(policy) : "memory");
 }
 
-/* `bytes` of global memory, sixteen-byte aligned. */
-static __device__ __forceinline__ void bulk_copy(uint32_t dst, const void *src, int bytes, uint32_t bar)
-{
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(dst), "l"(src), "r"(bytes), "r"(bar) : "memory");
-}
-
 template <bool FIRST> static __device__ __forceinline__ uint64_t tma_policy()
 {
     uint64_t p;
@@ -401,7 +394,7 @@ static __global__ void __launch_bounds__(192, 2) gemm_tma_kernel(const __grid_co
                 const int nw = a.norm_w == NULL ? 0 : min(a.g.k - kb * 64, 64) * 4;
                 mbar_expect(x_full + 8 * s, S::X_BYTES + nw);
                 if (nw > 0)
-                    bulk_copy(smem_u32(norm_w[s]), a.norm_w + kb * 64, nw, x_full + 8 * s);
+                    bulk_load(smem_u32(norm_w[s]), a.norm_w + kb * 64, nw, x_full + 8 * s);
                 tma_box(smem + s * S::STAGE, &x_map, kb * 64, 0, x_full + 8 * s, policy);
             }
             if (++j == len) {
@@ -526,16 +519,10 @@ static int gemm_tma_tokens(arle_device *dev, cudaStream_t st, tma_args a)
     }
 }
 
-/* Code built for 9.0 without the "a" has the kernels' names, but nothing in them: no shared memory either. */
 static inline bool tma_ready(arle_device *dev)
 {
-    if (dev->tma_code == 0) {
-        cudaFuncAttributes fa;
-        const bool yes = cudaFuncGetAttributes(&fa, (const void *)gemm_tma_kernel<16, 4>) == cudaSuccess && fa.sharedSizeBytes > 0;
-        if (!yes)
-            cudaGetLastError();
-        dev->tma_code = yes ? 1 : -1;
-    }
+    if (dev->tma_code == 0)
+        dev->tma_code = has_code((const void *)gemm_tma_kernel<16, 4>) ? 1 : -1;
     return dev->tma_code > 0;
 }
 

@@ -558,9 +558,8 @@ bool wide_ready(arle_device *dev)
     if (dev->wide_clusters > 0 || dev->no_wide)
         return dev->wide_clusters > 0;
     const void *kernel = (const void *)wide_kernel<2, false, false, GEMM_SILU>;
-    cudaFuncAttributes fa;
-    if (dev->cc != 90 || dev->max_smem < (size_t)kWideSmem + sizeof(int) * 512 || cudaFuncGetAttributes(&fa, kernel) != cudaSuccess
-        || fa.sharedSizeBytes == 0 || tensor_map_encoder() == NULL || (dev->wide_clusters = clusters_of(kernel, dev->n_sm)) == 0) {
+    if (dev->cc != 90 || dev->max_smem < (size_t)kWideSmem + sizeof(int) * 512 || !has_code(kernel)
+        || tensor_map_encoder() == NULL || (dev->wide_clusters = clusters_of(kernel, dev->n_sm)) == 0) {
         cudaGetLastError();
         dev->no_wide = true;
     }

@@ -52,9 +52,7 @@ size_t chunk_scratch(const gdn_args *a, int n_tokens)
 /* Is the code for compute capability 9.0 in this build, and does the device run it? */
 bool have_walk(const arle_device *dev)
 {
-    cudaFuncAttributes f;
-    return dev->cc == 90 && dev->max_smem >= (size_t)kWalkSmem + 1024 && cudaFuncGetAttributes(&f, walk_kernel<false>) == cudaSuccess
-           && f.sharedSizeBytes > 0;
+    return dev->cc == 90 && dev->max_smem >= (size_t)kWalkSmem + 1024 && has_code((const void *)walk_kernel<false>);
 }
 
 /* walk_kernel in clusters of two: the column halves of a head, or block and helper of one half. */

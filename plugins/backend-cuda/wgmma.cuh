@@ -173,6 +173,13 @@ static __device__ __forceinline__ void mbar_wait_written(uint32_t bar, uint32_t 
                  "@p bra done;\nbra again;\ndone:\n}\n" ::"r"(bar), "r"(parity) : "memory");
 }
 
+/* Copies `bytes` of global memory, sixteen-byte aligned, into shared memory; they count towards `bar`. */
+static __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, int bytes, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(dst), "l"(src), "r"(bytes), "r"(bar) : "memory");
+}
+
 /* Copies a box of a tensor of three dimensions into this block's shared memory; the bytes count towards `bar`. */
 static __device__ __forceinline__ void tensor_copy(uint32_t dst, const void *map, uint32_t bar, int c0, int c1, int c2)
 {
