@@ -48,7 +48,10 @@ struct fm_job {
     uint64_t h0;
     uint32_t from, to, n_pages;
     int32_t slot, *tokens, *pages;
+    struct kv_saves saves;
 };
+
+#define FM_SIDE 3
 
 static inline void fm_bad(struct fm *fm, const char *what, uint32_t pos, const struct fm_job *j)
 {
@@ -61,6 +64,28 @@ static inline uint64_t *fm_entry(struct fm *fm, uint32_t group, uint32_t tpe, in
     return (uint64_t *)((char *)fm->bind.group[group].base + (size_t)page * fm->bind.group[group].stride) + pos % fm->pt / tpe;
 }
 
+static inline struct fm_state *fm_state_at(struct fm *fm, int32_t slot)
+{
+    return (struct fm_state *)((char *)fm->bind.group[2].base + (size_t)slot * fm->bind.group[2].stride);
+}
+
+static inline uint64_t fm_borders(uint64_t b, uint32_t from, uint32_t to)
+{
+    while (from < to) {
+        from = from + 64 < to ? from + 64 : to;
+        b = fm_mix(b, from);
+    }
+    return b;
+}
+
+static inline uint64_t fm_hash(const struct fm_job *j, uint32_t n)
+{
+    uint64_t h = j->h0;
+    for (uint32_t p = 0; p < n; p++)
+        h = fm_mix(h, (uint64_t)(uint32_t)j->tokens[p]);
+    return h;
+}
+
 /* Runs in stream order on the fake device. */
 static inline void fm_run_job(void *arg, uint64_t a, uint64_t b)
 {
@@ -68,8 +93,7 @@ static inline void fm_run_job(void *arg, uint64_t a, uint64_t b)
     struct fm_job *j = arg;
     struct fm *fm = j->fm;
     uint64_t h = j->h0;
-    struct fm_state *st = fm->has_state ? (struct fm_state *)((char *)fm->bind.group[2].base + (size_t)j->slot * fm->bind.group[2].stride)
-                                        : NULL;
+    struct fm_state *st = fm->has_state ? fm_state_at(fm, j->slot) : NULL;
     for (uint32_t p = 0; p < j->to; p++) {
         if (p == j->from && st != NULL && (p > 0 ? st->pos != p || st->hash != h : st->pos != 0 || st->hash != 0 || st->border != 0))
             fm_bad(fm, "state", p, j);
@@ -89,10 +113,10 @@ static inline void fm_run_job(void *arg, uint64_t a, uint64_t b)
     if (st != NULL) {
         st->pos = j->to;
         st->hash = h;
-        for (uint32_t q = j->from; q < j->to;) {
-            q = q + 64 < j->to ? q + 64 : j->to;
-            st->border = fm_mix(st->border, q);
-        }
+        for (uint32_t i = 0; i < j->saves.n; i++)
+            *fm_state_at(fm, kv_side_slot(fm->kv, i)) = (struct fm_state){
+                .pos = j->saves.pos[i], .hash = fm_hash(j, j->saves.pos[i]), .border = fm_borders(st->border, j->from, j->saves.pos[i]) };
+        st->border = fm_borders(st->border, j->from, j->to);
     }
     fm->computed += j->to - j->from;
     free(j->tokens);
@@ -100,13 +124,15 @@ static inline void fm_run_job(void *arg, uint64_t a, uint64_t b)
     free(j);
 }
 
-/* Enqueues the step that computes [from, to) of s. */
-static inline void fm_step(struct fm *fm, struct kv_seq *s, const uint8_t *salt, uint32_t from, uint32_t to)
+/* Enqueues the step that computes [from, to) of s; the states at saves (or NULL) go to side records. */
+static inline void fm_step_saving(struct fm *fm, struct kv_seq *s, const uint8_t *salt, uint32_t from, uint32_t to, const struct kv_saves *saves)
 {
     struct fm_job *j = calloc(1, sizeof *j);
     uint32_t n;
     const int32_t *t = kv_seq_tokens(s, &n), *pages;
     *j = (struct fm_job){ .fm = fm, .h0 = fm_salt(salt), .from = from, .to = to, .slot = kv_seq_slot(s) };
+    if (saves != NULL)
+        j->saves = *saves;
     j->tokens = calloc(n, sizeof *t);
     memcpy(j->tokens, t, n * sizeof *t);
     pages = kv_seq_pages(s, &j->n_pages);
@@ -118,15 +144,29 @@ static inline void fm_step(struct fm *fm, struct kv_seq *s, const uint8_t *salt,
     fake_call(&fm->dev, fm->compute, fm_run_job, j, 0, 0);
 }
 
+static inline void fm_step(struct fm *fm, struct kv_seq *s, const uint8_t *salt, uint32_t from, uint32_t to)
+{
+    fm_step_saving(fm, s, salt, from, to, NULL);
+}
+
+/* One chunk of a prompt as a scheduler does it, with room for so many states from its midst; where it ended. */
+static inline uint32_t fm_chunk(struct fm *fm, struct kv_seq *s, const uint8_t *salt, uint32_t from, uint32_t want, uint32_t room)
+{
+    struct kv_saves saves;
+    uint32_t end = kv_seq_cut(s, from, want, room, &saves);
+    if (end == from)
+        return end;
+    fm_step_saving(fm, s, salt, from, end, &saves);
+    for (uint32_t i = 0; i < saves.n; i++)
+        kv_seq_saved(s, saves.pos[i], i);
+    kv_seq_computed(s, end);
+    return end;
+}
+
 /* The border hash after a prompt of n tokens that was computed cold with chunk borders at multiples of 64. */
 static inline uint64_t fm_border(uint32_t n)
 {
-    uint64_t b = 0;
-    for (uint32_t q = 0; q < n;) {
-        q = q + 64 < n ? q + 64 : n;
-        b = fm_mix(b, q);
-    }
-    return b;
+    return fm_borders(0, 0, n);
 }
 
 static inline int fm_init(struct fm *fm, struct kv_config *cfg, bool has_state, bool lazy)
@@ -146,6 +186,7 @@ static inline int fm_init(struct fm *fm, struct kv_config *cfg, bool has_state, 
     if (cfg->identity == NULL)
         cfg->identity = "fake model 1";
     memcpy(cfg->secret, secret, sizeof cfg->secret);
+    cfg->n_side = FM_SIDE;
     int r = kv_create(&fm->kv, cfg, &fm->dev, &fake_mem, fm->compute, fm->groups, fm->n_groups, &fm->err);
     if (r == 0)
         kv_binding(fm->kv, &fm->bind);
@@ -184,11 +225,9 @@ static inline int fm_open(struct fm *fm, const uint8_t *salt, const int32_t *tok
 static inline bool fm_prefill(struct fm *fm, struct kv_seq *s, const uint8_t *salt, uint32_t from, uint32_t n, uint32_t budget)
 {
     for (uint32_t at = from; at < n;) {
-        uint32_t end = kv_seq_cut(s, at, at + budget < n ? at + budget : n);
+        uint32_t end = fm_chunk(fm, s, salt, at, at + budget < n ? at + budget : n, fm->steps % 3 == 0 ? 0 : FM_SIDE);
         if (end == at)
             return false;
-        fm_step(fm, s, salt, at, end);
-        kv_seq_computed(s, end);
         kv_step_end(fm->kv);
         kv_poll(fm->kv);
         at = end;

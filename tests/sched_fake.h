@@ -32,6 +32,7 @@ struct fake_op {
     struct arle_event *ev; uint64_t ticket;
     struct arle_model *model;
     struct arle_step step;
+    struct arle_save saves[ARLE_MAX_SAVES];
     struct arle_sample_args sample;
 };
 struct arle_graph { struct fake_op ops[8]; uint32_t n; };
@@ -43,7 +44,7 @@ struct arle_device {
     pthread_mutex_t mu;
     bool async, graphs, paged_only;
     bool quick;                             /* no comparison of pages and state: a real device would not evict the host's caches */
-    uint32_t context;
+    uint32_t context, max_saves;            /* max_saves: as the model describes itself */
     uint64_t mem_free;
     uint64_t die_at_step, fail_at_step;     /* event_sync says -EIO; model->step says -EINVAL */
     int32_t nan_after;                      /* a row whose last token is this one gets logits that are no numbers; 0 none */
@@ -51,7 +52,7 @@ struct arle_device {
     _Atomic int64_t clock_us;               /* virtual */
     struct arle_stream *streams[8]; uint32_t n_streams;
     struct fake_pin pins[64]; uint32_t n_pins;
-    uint64_t steps, copies, captures, launches, padded_rows, max_queue;
+    uint64_t steps, copies, captures, launches, padded_rows, max_queue, saved;
     int64_t own_us, own_runs;               /* real time spent in here, and how often it was looked at */
     bool dead;
     int allocs_left;                        /* > 0: that many allocations succeed */
@@ -104,6 +105,12 @@ static inline void fake_run_seq(struct arle_model *m, const struct arle_step *st
             rec->hash = fake_mix(rec->hash, (uint64_t)id);
             rec->count = pos + 1;
             m->hash[t] = rec->hash;
+            for (uint32_t i = 0; i < st->n_saves; i++)
+                if (st->saves[i].seq == s && t + 1 == b->cu[s] + (int32_t)st->saves[i].n_tokens) {
+                    bad |= st->saves[i].n_tokens % 64 != 0 || t + 1 == b->cu[s + 1];
+                    *(struct fake_record *)((char *)m->bind.group[1].base + (uint64_t)st->saves[i].slot * m->bind.group[1].stride) = *rec;
+                    m->dev->saved++;
+                }
         }
     }
     uint64_t h = 0;
@@ -188,7 +195,10 @@ static inline bool fake_run_one(struct arle_device *d, struct arle_stream *st)
     case FAKE_COPY: memmove(o->dst, o->src, o->bytes); break;
     case FAKE_FILL: memset(o->dst, o->byte, o->bytes); break;
     case FAKE_RECORD: if (o->ev->passed < o->ticket) o->ev->passed = o->ticket; break;
-    case FAKE_STEP: fake_run_step(o->model, &o->step); break;
+    case FAKE_STEP:
+        o->step.saves = o->saves;
+        fake_run_step(o->model, &o->step);
+        break;
     case FAKE_SAMPLE: fake_run_sample(&o->sample); break;
     case FAKE_WAIT: break;
     }
@@ -404,7 +414,8 @@ static inline void fake_describe_into(struct arle_model *m, const struct arle_mo
     m->groups[1] = (struct arle_cache_group){ .name = "hash", .kind = ARLE_CACHE_STATE, .record_bytes = sizeof(struct fake_record) };
     m->desc = (struct arle_model_desc){ .struct_size = sizeof m->desc, .vocab = FAKE_VOCAB, .n_valid = FAKE_VOCAB,
                                         .context = m->dev->context ? m->dev->context : 4096, .n_groups = m->dev->paged_only ? 1 : 2,
-                                        .page_multiple = 4, .has_drafter = 1, .hidden = 8, .groups = m->groups, .arch = "fake" };
+                                        .page_multiple = 4, .has_drafter = 1, .hidden = 8, .groups = m->groups, .arch = "fake",
+                                        .max_saves = m->dev->max_saves };
 }
 static inline int fake_load(void *ctx, const struct arle_model_load *a, struct arle_model **out, struct arle_err *err)
 {
@@ -432,7 +443,11 @@ static inline int fake_step(struct arle_model *m, struct arle_stream *st, const 
         m->dev->fail_at_step = 0;
         return arle_err_set(err, -EINVAL, "fake model refuses this step");
     }
-    return fake_push(m->dev, st, &(struct fake_op){ .kind = FAKE_STEP, .model = m, .step = *step });
+    struct fake_op op = { .kind = FAKE_STEP, .model = m, .step = *step };
+    if (step->n_saves > m->desc.max_saves)
+        return arle_err_set(err, -EINVAL, "%u states to keep", step->n_saves);
+    memcpy(op.saves, step->saves, step->n_saves * sizeof *op.saves);     /* host memory, read during the call */
+    return fake_push(m->dev, st, &op);
 }
 static const struct arle_model_api fake_model = {
     .struct_size = sizeof(struct arle_model_api), .load = fake_load, .destroy = fake_destroy, .describe = fake_describe,

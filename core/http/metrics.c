@@ -97,6 +97,7 @@ static void put_status_counts(struct sbuf *b, struct http_server *srv)
     X("arle_kv_snapshot_bytes", "gauge", "Bytes of state snapshots.", kv.snapshot_bytes) \
     X("arle_kv_pages_evicted_total", "counter", "Pages evicted.", kv.pages_evicted) \
     X("arle_kv_snapshots_taken_total", "counter", "State snapshots taken.", kv.snapshots_taken) \
+    X("arle_kv_snapshots_inside_total", "counter", "States kept from the midst of a step.", kv.snapshots_inside) \
     X("arle_kv_snapshots_evicted_total", "counter", "State snapshots evicted.", kv.snapshots_evicted) \
     X("arle_kv_snapshots_restored_total", "counter", "State snapshots that a prompt went on from.", kv.snapshots_restored) \
     X("arle_kv_pins", "gauge", "Prompts that are pinned.", kv.pins) \

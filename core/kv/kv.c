@@ -41,7 +41,7 @@ static int alloc_groups(struct kv *kv, struct arle_err *err)
 {
     for (uint32_t i = 0; i < kv->n_groups; i++) {
         const struct arle_cache_group *g = &kv->group[i];
-        size_t bytes, count = group_is_paged(g) ? (size_t)kv->cfg.n_pages + 1 : (size_t)kv->cfg.n_slots + 1;
+        size_t bytes, count = group_is_paged(g) ? (size_t)kv->cfg.n_pages + 1 : (size_t)kv->cfg.n_slots + 1 + kv->cfg.n_side;
         if (arle_mul_size(&bytes, count, group_is_paged(g) ? g->page_bytes : g->record_bytes) < 0)
             return arle_err_param(err, -EOVERFLOW, g->name, "cache group %s is too large", g->name);
         int r = kv->mem->alloc(kv->dev, ARLE_MEM_DEVICE, bytes, &kv->base[i], err);

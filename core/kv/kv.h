@@ -25,6 +25,7 @@ struct kv_config {
     uint32_t page_tokens;
     uint32_t n_pages;               /* without the reserved one */
     uint32_t n_slots;               /* running sequences at once, without the reserved one */
+    uint32_t n_side;                /* records for states kept from the midst of a step, see kv_seq_cut [0] */
     uint32_t max_seq_tokens;        /* longest sequence: sizes block tables */
     bool prefix_cache;
     uint64_t snapshot_bytes;        /* device budget for state snapshots */
@@ -82,13 +83,21 @@ int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t 
 /** Marks a position of the prompt as worth a snapshot (end of system prompt, turn end, prompt end). Before computing it. */
 void kv_seq_mark(struct kv_seq *seq, uint32_t pos);
 
+/* Snapshot positions inside a chunk, ascending. */
+#define KV_MAX_SAVES 8
+struct kv_saves { uint32_t n, pos[KV_MAX_SAVES]; };
+
 /**
- * Where a chunk that starts at `from` and could run to `want` must stop: at the next snapshot position, at the prompt's end, or
- * at the largest multiple of snapshot_align <= want. The result is `from` when want reaches none of these: leave the sequence
+ * Where a chunk that starts at `from` and could run to `want` must stop: at the prompt's end, or at the largest multiple of
+ * snapshot_align <= want. Snapshot positions on the way go to *saves, for the step to keep the states there, as long as there are
+ * fewer than `room` and they lie multiples of snapshot_align from `from`; at the next one the chunk stops. The result is `from` when want reaches none of these: leave the sequence
  * out of this step (so that chunk borders are absolute and warm equals cold). A step must be able to give snapshot_align tokens
- * to one sequence. Positions past the prompt are not cut.
+ * to one sequence. Positions past the prompt are not cut. saves may be NULL where room is 0.
  */
-uint32_t kv_seq_cut(const struct kv_seq *seq, uint32_t from, uint32_t want);
+uint32_t kv_seq_cut(const struct kv_seq *seq, uint32_t from, uint32_t want, uint32_t room, struct kv_saves *saves);
+
+/** Slot number of the i-th record for states kept from the midst of a step, i < n_side. They belong to nobody between steps. */
+int32_t kv_side_slot(const struct kv *kv, uint32_t i);
 
 /** Makes sure that pages exist for positions < n_tokens. -EAGAIN when the pool is exhausted (the scheduler then parks someone). */
 int kv_seq_reserve(struct kv_seq *seq, uint32_t n_tokens);
@@ -102,6 +111,10 @@ int kv_seq_push(struct kv_seq *seq, int32_t token);
  * of the pushed tokens when the engine does; what is not pushed yet is remembered once it is.
  */
 void kv_seq_computed(struct kv_seq *seq, uint32_t n);
+
+/** As kv_seq_computed for a snapshot position inside the chunk: the state after exactly n tokens is in the i-th side record. Before
+ *  kv_seq_computed for the chunk's end, in the order of positions. */
+void kv_seq_saved(struct kv_seq *seq, uint32_t n, uint32_t i);
 
 /** Gives the last tokens back (rejected drafts): positions >= n are forgotten; n >= what was reported as computed. State
  *  groups must be restored by the caller, before it reports the position as computed. */
@@ -139,6 +152,7 @@ struct kv_stats {
     uint64_t slots_total, slots_free;
     uint64_t hits, hit_tokens, lookups, lookup_tokens;
     uint64_t snapshots, snapshot_bytes, snapshots_taken, snapshots_evicted, snapshots_restored;
+    uint64_t snapshots_inside;      /* positions inside a chunk whose states a step kept */
     uint64_t host_bytes, disk_bytes, store_gets, store_puts, store_errors;
     uint64_t demoted_bytes[4], promoted_bytes[4];           /* by tier: device, host, disk, store */
     uint64_t pages_evicted, parked, resumed;

@@ -267,7 +267,7 @@ void tree_publish(struct kv_seq *s);
 /* Lets the nodes s stands on use its pages instead of second copies of their own. */
 void tree_share(struct kv_seq *s);
 /** Remembers the state that s's slot holds now at pos = computed tokens; enqueues the copy. False when there was no room. */
-bool tree_snapshot(struct kv_seq *s, uint32_t pos);
+bool tree_snapshot(struct kv_seq *s, uint32_t pos, int32_t slot);
 /** A node for exactly the tokens [0, pos) of s. -1: no room. */
 int32_t tree_node_at(struct kv_seq *s, uint32_t pos);
 /** The child of parent with these tokens, found or made without data; the caller gives it some at once. -1: the tree is full. */

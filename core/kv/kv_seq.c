@@ -295,7 +295,7 @@ int kv_seq_open(struct kv *kv, const uint8_t salt[KV_SALT_BYTES], const int32_t 
 static void mark_at(struct kv_seq *s, uint32_t pos)
 {
     uint32_t i;
-    if (pos <= s->cached || pos > s->n_prompt || s->n_marks == KV_MAX_MARKS)
+    if (pos <= s->cached || pos > s->n_prompt || s->n_marks == KV_MAX_MARKS || s->kv->snap_pool.n == 0)
         return;
     for (i = s->n_marks; i > 0 && s->marks[i - 1] >= pos; i--)
         if (s->marks[i - 1] == pos)
@@ -337,17 +337,25 @@ static uint32_t next_due(const struct kv_seq *s, uint32_t from)
     return due;
 }
 
-uint32_t kv_seq_cut(const struct kv_seq *s, uint32_t from, uint32_t want)
+uint32_t kv_seq_cut(const struct kv_seq *s, uint32_t from, uint32_t want, uint32_t room, struct kv_saves *saves)
 {
+    if (saves != NULL)
+        saves->n = 0;
     if (from >= s->n_prompt || want <= from)
         return want;
-    uint32_t due = next_due(s, from);
-    if (due <= want)
-        return due;
-    if (want >= s->n_prompt)
-        return s->n_prompt;
-    uint32_t cut = want - want % s->kv->cfg.snapshot_align;
-    return cut > from ? cut : from;
+    uint32_t end = want >= s->n_prompt ? s->n_prompt : want - want % s->kv->cfg.snapshot_align;
+    for (uint32_t due = next_due(s, from); due < end; due = next_due(s, due)) {
+        if (saves == NULL || saves->n == room || saves->n == KV_MAX_SAVES || (due - from) % s->kv->cfg.snapshot_align != 0)
+            return due;
+        saves->pos[saves->n++] = due;
+    }
+    return end > from ? end : from;
+}
+
+int32_t kv_side_slot(const struct kv *kv, uint32_t i)
+{
+    KV_CHECK(i < kv->cfg.n_side);
+    return (int32_t)(kv->cfg.n_slots + 1 + i);      /* behind the slots that page_alloc gives out */
 }
 
 /* Room for a running sequence, which outranks what it holds twice itself, promotions, and at last pins. */
@@ -387,7 +395,7 @@ int kv_seq_push(struct kv_seq *s, int32_t token)
     return 0;
 }
 
-void kv_seq_computed(struct kv_seq *s, uint32_t n)
+static void computed(struct kv_seq *s, uint32_t n, int32_t slot)
 {
     KV_CHECK(n >= s->n_computed && !s->parked);
     uint32_t from = s->n_computed;
@@ -395,7 +403,18 @@ void kv_seq_computed(struct kv_seq *s, uint32_t n)
     if (tree_due(s))
         tree_publish(s);
     if (s->kv->has_state && from < s->n_prompt && next_due(s, from) == n)
-        tree_snapshot(s, n);
+        tree_snapshot(s, n, slot);
+}
+
+void kv_seq_computed(struct kv_seq *s, uint32_t n)
+{
+    computed(s, n, s->slot);
+}
+
+void kv_seq_saved(struct kv_seq *s, uint32_t n, uint32_t i)
+{
+    computed(s, n, kv_side_slot(s->kv, i));
+    s->kv->st.snapshots_inside++;
 }
 
 void kv_seq_truncate(struct kv_seq *s, uint32_t n)
@@ -413,7 +432,7 @@ static void final_snapshot(struct kv_seq *s)
         return;
     if (s->kv->cfg.strict && (n > s->n_prompt || n % s->kv->cfg.snapshot_align != 0))
         return;
-    tree_snapshot(s, n);
+    tree_snapshot(s, n, s->slot);
 }
 
 /* Positions that may be remembered of a sequence that ends. */

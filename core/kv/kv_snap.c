@@ -192,7 +192,7 @@ void snap_used(struct kv *kv, int32_t i)
     snap_touch(kv, i);
 }
 
-bool tree_snapshot(struct kv_seq *s, uint32_t pos)
+bool tree_snapshot(struct kv_seq *s, uint32_t pos, int32_t slot)
 {
     struct kv *kv = s->kv;
     if (kv->snap_pool.n == 0)
@@ -213,7 +213,7 @@ bool tree_snapshot(struct kv_seq *s, uint32_t pos)
         page_unref(&kv->snap_pool, rec);
     if (rec >= 0 && i >= 0) {
         snap_set_record(kv, i, rec);
-        snap_copy(kv, kv->compute, rec, s->slot, false);
+        snap_copy(kv, kv->compute, rec, slot, false);
         s->last_snap = pos;
         kv->st.snapshots_taken++;
         snap_touch(kv, i);

@@ -297,6 +297,11 @@ static void lay_pages(struct layout *l)
         l->table[i] = 1 + next;
 }
 
+static int32_t slot_of(int seq)
+{
+    return 1 + (seq * 5 + 2) % MAX_SEQS;
+}
+
 /* The batch with all or only some of each sequence's new tokens: from[s] .. to[s]. */
 static struct arle_batch batch_of(struct ops_backend *b, const struct layout *l, const int *from, const int *to)
 {
@@ -312,7 +317,7 @@ static struct arle_batch batch_of(struct ops_backend *b, const struct layout *l,
         }
         cu[s + 1] = (int32_t)n;
         len[s] = l->ctx[s] + to[s];
-        slot[s] = 1 + (s * 5 + 2) % MAX_SEQS;
+        slot[s] = slot_of(s);
         decode = decode && to[s] - from[s] == 1;
         ba.n_decode += decode;
         ba.max_new = (uint32_t)(to[s] - from[s]) > ba.max_new ? (uint32_t)(to[s] - from[s]) : ba.max_new;
@@ -598,7 +603,13 @@ static void run_attention(struct ops_backend *b, const struct ops_case *c, uint3
     attn_free(&r);
 }
 
-/* ---- gated delta net: p = n_k, n_v, dk, dv, kind of batch, extreme gates ------------------------------------------------- */
+/* ---- gated delta net: p = n_k, n_v, dk, dv, kind of batch, extreme gates, 1: keeps states from the midst ------------------- */
+
+/* A backend that can keep states from the midst of a step is asked to. */
+static bool can_save(const struct ops_backend *b)
+{
+    return b->api->struct_size >= offsetof(struct arle_backend_api, saves) + sizeof b->api->saves && b->api->saves;
+}
 
 struct gdn_run {
     int64_t n_k, n_v, dk, dv, n_conv, ld;
@@ -608,12 +619,14 @@ struct gdn_run {
     void *d_conv_w, *d_A, *d_dt, *d_norm;
     struct arle_state conv, s;
     size_t conv_bytes, s_bytes, record;
+    struct arle_save saves[ARLE_MAX_SAVES];
+    uint32_t n_saves;
 };
 
 static void gdn_setup(struct ops_backend *b, const struct ops_case *c, uint32_t dtype, struct gdn_run *r)
 {
     static const int kinds[][MAX_SEQS + 1] = { { 1, 1 }, { 1, 7 }, { 3, 1, 1, 1 }, { 4, 1, 2, 70, 3 }, { 2, 129, 1 }, { 3, 200, 64, 17 },
-                                               { 4, 1, 5, 16, 2 } };
+                                               { 4, 1, 5, 16, 2 }, { 3, 1, 200, 321 } };
     const int *kind = kinds[c->p[4]];
     *r = (struct gdn_run) { .n_k = c->p[0], .n_v = c->p[1], .dk = c->p[2], .dv = c->p[3], .dtype = dtype };
     r->n_conv = 2 * r->n_k * r->dk + r->n_v * r->dv;
@@ -638,7 +651,7 @@ static void gdn_setup(struct ops_backend *b, const struct ops_case *c, uint32_t 
     uint8_t *mem = malloc(r->record * (MAX_SEQS + 1));
     memset(mem, 0xff, r->record * (MAX_SEQS + 1));  /* slots that nobody uses are NaN */
     for (int i = 0; i < r->l.n_seqs; i++) {
-        uint8_t *rec = mem + (size_t)(1 + (i * 5 + 2) % MAX_SEQS) * r->record;
+        uint8_t *rec = mem + (size_t)slot_of(i) * r->record;
         memset(rec, 0, r->record);
         if (i % 2 == 0)
             continue;                               /* every second sequence goes on from a state */
@@ -691,7 +704,7 @@ static void gdn_step(struct ops_backend *b, struct gdn_run *r, const int *from, 
         .eps = 1e-6f, .batch = &ba, .proj = ops_put_act(b, r->dtype, x, n * r->ld, NULL), .ld_proj = r->ld, .u_off = 0, .z_off = r->n_conv,
         .a_off = r->n_conv + width, .b_off = r->n_conv + width + r->n_v, .conv_w = r->d_conv_w, .A_log = r->d_A, .dt_bias = r->d_dt,
         .norm_w = r->d_norm, .conv_state = r->conv, .s_state = r->s, .out = dout, .ld_out = width, .scratch = ops_alloc(b, scratch),
-        .scratch_bytes = scratch,
+        .scratch_bytes = scratch, .saves = r->saves, .n_saves = r->n_saves,
     };
     free(x);
     OPS_CALL(b, gdn, &a);
@@ -703,17 +716,23 @@ static void gdn_step(struct ops_backend *b, struct gdn_run *r, const int *from, 
     free(o);
 }
 
-/* States of all sequences: conv rows, then S, one after another. */
-static float *gdn_states(struct ops_backend *b, const struct gdn_run *r, int64_t *out_n)
+/* The state in a slot: conv rows, then S. */
+static void gdn_state(struct ops_backend *b, const struct gdn_run *r, int32_t slot, float *x)
 {
     int64_t nc = 3 * r->n_conv, ns = r->n_v * r->dk * r->dv;
-    float *x = malloc((size_t)((nc + ns) * r->l.n_seqs) * 4);
-    for (int i = 0; i < r->l.n_seqs; i++) {
-        const char *rec = (const char *)r->conv.base + (size_t)(1 + (i * 5 + 2) % MAX_SEQS) * r->record;
-        ops_get_act(b, r->dtype, rec, nc, x + i * (nc + ns));
-        ops_get(b, x + i * (nc + ns) + nc, rec + r->s.offset, (size_t)ns * 4);
-    }
-    *out_n = (nc + ns) * r->l.n_seqs;
+    const char *rec = (const char *)r->conv.base + (size_t)slot * r->record;
+    ops_get_act(b, r->dtype, rec, nc, x);
+    ops_get(b, x + nc, rec + r->s.offset, (size_t)ns * 4);
+}
+
+/* States of all sequences, one after another. */
+static float *gdn_states(struct ops_backend *b, const struct gdn_run *r, int64_t *out_n)
+{
+    int64_t per = 3 * r->n_conv + r->n_v * r->dk * r->dv;
+    float *x = malloc((size_t)(per * r->l.n_seqs) * 4);
+    for (int i = 0; i < r->l.n_seqs; i++)
+        gdn_state(b, r, slot_of(i), x + i * per);
+    *out_n = per * r->l.n_seqs;
     return x;
 }
 
@@ -770,6 +789,10 @@ static void run_gdn(struct ops_backend *b, const struct ops_case *c, uint32_t dt
 {
     struct gdn_run r;
     gdn_setup(b, c, dtype, &r);
+    if (c->p[6] && can_save(b)) {       /* slots that no sequence has */
+        r.n_saves = 3;
+        memcpy(r.saves, (const struct arle_save[]) { { 1, 64, 4 }, { 1, 192, 5 }, { 2, 320, 6 } }, 3 * sizeof *r.saves);
+    }
     int from[MAX_SEQS] = { 0 };
     int64_t total = 0, n_state, width = r.n_v * r.dv, base = 0, per = 3 * r.n_conv + r.n_v * r.dk * r.dv;
     for (int i = 0; i < r.l.n_seqs; i++)
@@ -781,8 +804,21 @@ static void run_gdn(struct ops_backend *b, const struct ops_case *c, uint32_t dt
     double *want = malloc((size_t)(total * width) * sizeof *want), *state = malloc((size_t)n_state * sizeof *state);
     for (int64_t i = 0; i < n_state; i++)
         state[i] = before[i];
-    for (int i = 0; i < r.l.n_seqs; base += r.l.fresh[i++])
-        gdn_exact(&r, r.rows + base * r.ld, r.l.fresh[i], state + i * per, want + base * width);
+    float *kept = malloc((size_t)(per * ARLE_MAX_SAVES) * 4);
+    double *want_kept = malloc((size_t)(per * ARLE_MAX_SAVES) * sizeof *want_kept);
+    for (int i = 0; i < r.l.n_seqs; base += r.l.fresh[i++]) {
+        int64_t at = 0;
+        for (uint32_t k = 0; k < r.n_saves; k++) {
+            if (r.saves[k].seq != (uint32_t)i)
+                continue;
+            gdn_exact(&r, r.rows + (base + at) * r.ld, r.saves[k].n_tokens - at, state + i * per, want + (base + at) * width);
+            at = r.saves[k].n_tokens;
+            memcpy(want_kept + k * per, state + i * per, (size_t)per * sizeof *state);
+            gdn_state(b, &r, (int32_t)r.saves[k].slot, kept + k * per);
+        }
+        gdn_exact(&r, r.rows + (base + at) * r.ld, r.l.fresh[i] - at, state + i * per, want + (base + at) * width);
+    }
+    part(out, "kept", r.n_saves * per, kept, want_kept, 1e-5, 1e-2);
     part(out, "out", total * width, got, want, 2e-5, 2e-2);
     part(out, "state", n_state, after, state, 1e-5, 1e-2);
     free(before);
@@ -945,12 +981,14 @@ static void run_experts(struct ops_backend *b, const struct ops_case *c, uint32_
     free(ids);
 }
 
-/* ---- seq_shift: p = dim ------------------------------------------------------------------------------------------------- */
+/* ---- seq_shift: p = dim, 1: keeps records from the midst ------------------------------------------------------------------------------------------------- */
 
 static void run_shift(struct ops_backend *b, const struct ops_case *c, uint32_t dtype, struct ops_result *out)
 {
     int64_t dim = c->p[0], n = 0;
-    struct layout l = { .n_seqs = 3, .ctx = { 4, 0, 9 }, .fresh = { 1, 3, 2 }, .page_tokens = 16 };
+    struct layout l = { .n_seqs = 3, .ctx = { 4, 0, 9 }, .fresh = { 1, c->p[1] ? 130 : 3, 2 }, .page_tokens = 16 };
+    const struct arle_save saves[] = { { 1, 64, 4 }, { 1, 128, 5 } };
+    const uint32_t n_saves = c->p[1] && can_save(b) ? 2 : 0;
     int from[MAX_SEQS] = { 0 };
     lay_pages(&l);
     for (int i = 0; i < l.n_seqs; i++)
@@ -960,7 +998,8 @@ static void run_shift(struct ops_backend *b, const struct ops_case *c, uint32_t 
     struct arle_batch ba = batch_of(b, &l, from, l.fresh);
     void *y = ops_alloc(b, (size_t)(n * dim) * asize(dtype));
     struct arle_seq_shift_args a = { .dtype = dtype, .dim = (uint32_t)dim, .batch = &ba, .x = dx, .ld_x = dim,
-                                     .record = { drec, (size_t)dim * asize(dtype), 0 }, .out = y, .ld_out = dim };
+                                     .record = { drec, (size_t)dim * asize(dtype), 0 }, .out = y, .ld_out = dim,
+                                     .saves = saves, .n_saves = n_saves };
     OPS_CALL(b, seq_shift, &a);
     double *want = malloc((size_t)(n * dim) * sizeof *want), *want_rec = malloc((size_t)((MAX_SEQS + 1) * dim) * sizeof *want_rec);
     for (int64_t i = 0; i < (MAX_SEQS + 1) * dim; i++)
@@ -968,10 +1007,13 @@ static void run_shift(struct ops_backend *b, const struct ops_case *c, uint32_t 
     for (int64_t i = 0, at = 0; i < l.n_seqs; at += l.fresh[i++])
         for (int64_t t = 0; t < l.fresh[i]; t++)
             for (int64_t d = 0; d < dim; d++) {
-                int64_t slot = 1 + (i * 5 + 2) % MAX_SEQS;
+                int64_t slot = slot_of((int)i);
                 want[(at + t) * dim + d] = t == 0 ? rec[slot * dim + d] : x[(at + t - 1) * dim + d];
                 if (t == l.fresh[i] - 1)
                     want_rec[slot * dim + d] = x[(at + t) * dim + d];
+                for (uint32_t k = 0; k < n_saves; k++)
+                    if (saves[k].seq == i && saves[k].n_tokens == t + 1)
+                        want_rec[saves[k].slot * dim + d] = x[(at + t) * dim + d];
             }
     part(out, "out", n * dim, fetch(b, dtype, y, n * dim), want, 0, 0);
     part(out, "record", (MAX_SEQS + 1) * dim, fetch(b, dtype, drec, (MAX_SEQS + 1) * dim), want_rec, 0, 0);
@@ -1168,6 +1210,8 @@ const struct ops_case ops_cases[] = {
     { "gdn 128, one to one", run_gdn, { 2, 2, 128, 128, 4 } },
     { "gdn 128, three on one", run_gdn, { 1, 3, 128, 128, 4 } },
     { "gdn 128, extreme gates", run_gdn, { 1, 2, 128, 128, 4, 1 } },
+    { "gdn 128, keeps states", run_gdn, { 2, 4, 128, 128, 7, 0, 1 } },
+    { "gdn keeps states", run_gdn, { 1, 2, 24, 40, 7, 0, 1 } },
     { "gdn one token", run_gdn, { 2, 2, 128, 128, 0 } },
     { "gdn seven tokens", run_gdn, { 2, 4, 16, 16, 1 } },
     { "gdn decode", run_gdn, { 2, 4, 64, 128, 2 } },
@@ -1192,6 +1236,7 @@ const struct ops_case ops_cases[] = {
     { "moe_experts 264 tokens, 41 experts", run_experts, { 264, 41, 2, 264, 200, ARLE_BF16, 2 | 4 | 8 } },
     { "moe_experts weight first, aligned", run_experts, { 5, 4, 2, 40, 32, ARLE_BF16, 1 | 4, 20 } },
     { "seq_shift", run_shift, { 40 } },
+    { "seq_shift keeps records", run_shift, { 40, 1 } },
     { "sample", run_sample, { 1000, 1000 } },
     { "sample padded vocabulary", run_sample, { 5008, 4999 } },
 };

@@ -157,8 +157,12 @@ static int open_device(struct engine *e, void *backend_ctx, uint32_t index, stru
 static int load_once(struct engine *e, struct arle_model_load *load, struct arle_err *err)
 {
     int r = e->api->load(e->model_ctx, load, &e->model, err);
-    if (r == 0)
-        e->desc = *e->api->describe(e->model);
+    if (r == 0) {
+        /* A plugin of an older minor version knows fewer members: the rest stays zero. */
+        const struct arle_model_desc *d = e->api->describe(e->model);
+        memset(&e->desc, 0, sizeof e->desc);
+        memcpy(&e->desc, d, d->struct_size < sizeof e->desc ? d->struct_size : sizeof e->desc);
+    }
     return r;
 }
 
@@ -314,10 +318,20 @@ static uint64_t auto_bytes(const struct engine *e, uint64_t full)
     return share < 2 * full ? share : 2 * full;
 }
 
+/* Without them a prompt is cut at every snapshot position, and each piece reads the weights again; with memory of one's own they cost little. */
+static uint32_t side_records(const struct engine *e, const struct kv_sizes *z)
+{
+    uint32_t want = e->info.async ? SIDE_RECORDS : SIDE_RECORDS_HOST;
+    if (z->slot == 0 || !e->cfg.prefix_cache)
+        return 0;
+    return want < e->desc.max_saves ? want : e->desc.max_saves;
+}
+
 static int choose_pages(struct engine *e, uint32_t *n_pages, struct arle_err *err)
 {
     struct kv_sizes z = group_sizes(e);
-    uint64_t slots = (e->cfg.max_seqs + 1ull) * z.slot, per_seq = (e->context + e->page_tokens - 1) / e->page_tokens;
+    e->n_side = side_records(e, &z);
+    uint64_t slots = (e->cfg.max_seqs + 1ull + e->n_side) * z.slot, per_seq = (e->context + e->page_tokens - 1) / e->page_tokens;
     uint64_t full = slots + per_seq * e->cfg.max_seqs * z.page;
     uint64_t bytes = e->cfg.kv_bytes > 0 ? e->cfg.kv_bytes : auto_bytes(e, full);
     uint64_t pages = bytes <= slots ? 0 : z.page == 0 ? per_seq * e->cfg.max_seqs : (bytes - slots) / z.page;
@@ -370,7 +384,7 @@ static int open_kv(struct engine *e, const char *config_json, size_t config_len,
              e->desc.arch ? e->desc.arch : "", (unsigned long long)config, (unsigned long long)weights, e->compute, e->kv_dtype,
              e->page_tokens, e->cfg.parity, e->cfg.drafts);
     struct kv_config kc = {
-        .page_tokens = e->page_tokens, .n_pages = e->n_pages, .n_slots = e->cfg.max_seqs, .max_seq_tokens = e->context,
+        .page_tokens = e->page_tokens, .n_pages = e->n_pages, .n_slots = e->cfg.max_seqs, .n_side = e->n_side, .max_seq_tokens = e->context,
         .prefix_cache = e->cfg.prefix_cache, .snapshot_bytes = e->cfg.kv_snapshot_bytes,
         .snapshot_cadence = e->cfg.kv_snapshot_cadence, .host_bytes = e->cfg.kv_host_bytes, .disk_dir = e->cfg.kv_disk_dir,
         .disk_bytes = e->cfg.kv_disk_bytes, .store = e->cfg.store, .store_ctx = e->cfg.store_ctx, .identity = identity,

@@ -139,9 +139,13 @@ static void choose_prefill(struct engine *e, struct step *s)
             left = budget;
         if (sq->rq->prompt_logprobs && left > e->max_rows - s->n_rows)
             left = e->max_rows - s->n_rows;
-        uint32_t end = kv_seq_cut(sq->kv, from, from + left);
-        if (end > from && add_part(e, s, sq, end - from))
-            s->n_prefill += end - from;
+        struct kv_saves saves;
+        uint32_t end = kv_seq_cut(sq->kv, from, from + left, e->n_side - s->n_saves, &saves);
+        if (end == from || !add_part(e, s, sq, end - from))
+            continue;
+        s->n_prefill += end - from;
+        for (uint32_t k = 0; k < saves.n; k++, s->n_saves++)
+            s->save[s->n_saves] = (struct arle_save){ s->n_parts - 1, saves.pos[k] - from, (uint32_t)kv_side_slot(e->kv, s->n_saves) };
     }
 }
 
@@ -263,7 +267,7 @@ static void write_rows(struct engine *e, struct step *s, const struct staged *o)
 
 bool plan_step(struct engine *e, struct step *s)
 {
-    s->n_tokens = s->n_seqs = s->n_sampled = s->n_decode = s->n_rows = s->n_parts = s->n_prefill = s->max_new = s->max_ctx = s->n_bias = 0;
+    s->n_tokens = s->n_seqs = s->n_sampled = s->n_decode = s->n_rows = s->n_parts = s->n_prefill = s->max_new = s->max_ctx = s->n_bias = s->n_saves = 0;
     s->drafts = false;
     choose_decode(e, s);
     if (s->n_parts < e->n_run)

@@ -16,6 +16,8 @@
 #include <stdatomic.h>
 #include <stddef.h>
 
+#define SIDE_RECORDS 8u              /* records for states from the midst of a step, on an accelerator */
+#define SIDE_RECORDS_HOST 2u
 #define SCHED_ALIGN 64u             /* prefill chunks end on multiples of this inside a prompt; see kv_seq_cut */
 #define MAX_ANSWERS 128u
 #define MAX_STOP_IDS 64u
@@ -143,6 +145,8 @@ struct step {
     struct shadow *shadow;          /* [max_seqs] */
     uint32_t shadow_stride;
     struct row *row;                /* [max_rows] */
+    uint32_t n_saves;
+    struct arle_save save[ARLE_MAX_SAVES];      /* the i-th goes to the i-th side record of the KV plane */
     uint8_t *in;                    /* pinned staging */
     uint8_t *out;                   /* pinned results: row results, then drafts */
     struct arle_event *done;
@@ -172,6 +176,7 @@ struct engine {
     struct kv *kv;
     char *name;
     uint32_t context, page_tokens, max_rows, max_stride, n_pages;
+    uint32_t n_side;                /* states that a step may keep from its midst */
     uint64_t seed_salt;             /* makes unseeded requests differ between runs */
     bool ahead, graphs_on;
 

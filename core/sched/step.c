@@ -28,7 +28,7 @@ static int enqueue_model(struct engine *e, struct step *s, struct arle_err *err)
                    .ctx_len = (int32_t *)(d + s->at.ctx_len), .slot = (int32_t *)(d + s->at.slot),
                    .block_table = (int32_t *)(d + s->at.table) },
         .n_rows = s->n_rows, .rows = (int32_t *)(d + s->at.rows), .logits = e->d_logits, .ld_logits = e->desc.vocab,
-        .drafts = (int32_t *)(e->d_out + e->draft_at),
+        .drafts = (int32_t *)(e->d_out + e->draft_at), .saves = s->save, .n_saves = s->n_saves,
     };
     int r = e->api->step(e->model, e->stream, &step, err);
     if (r < 0 || s->n_rows == 0)
@@ -178,8 +178,10 @@ int step_launch(struct engine *e, struct step *s)
         return r;
     }
     s->in_flight = true;
-    for (uint32_t i = 0; i < s->n_parts; i++) {
+    for (uint32_t i = 0, saved = 0; i < s->n_parts; i++) {
         struct seq *sq = s->part[i].seq;
+        for (; saved < s->n_saves && s->save[saved].seq == i; saved++)      /* in the order of parts */
+            kv_seq_saved(sq->kv, s->part[i].from + s->save[saved].n_tokens, saved);
         kv_seq_computed(sq->kv, sq->n_computed);
         e->admit_again |= e->n_followers > 0 && s->part[i].n > 1;      /* it may have got to where somebody waits for it */
         queue_charge(sq, s->part[i].n);

@@ -66,17 +66,47 @@ static void conv_part(void *arg, unsigned part, unsigned n_parts)
     }
 }
 
+/* The inputs of the n <= 3 tokens before token `end` become the last n rows of a conv state. */
+static void conv_rows(const struct gdn_job *j, int64_t end, int64_t n, char *state)
+{
+    const struct arle_gdn_args *a = j->a;
+    size_t row = (size_t)j->n_conv * act_size(a->dtype);
+    for (int64_t i = 3 - n; i < 3; i++)
+        memcpy(state + (size_t)i * row, act_at(a->proj, a->dtype, end - 3 + i, a->ld_proj, a->u_off), row);
+}
+
 /* The last three inputs become the conv state; short sequences keep what they still need of the old one. */
 static void save_conv(const struct gdn_job *j, int64_t s)
 {
     const struct arle_gdn_args *a = j->a;
-    int64_t first = a->batch->cu[s], n = a->batch->cu[s + 1] - first;
+    int64_t end = a->batch->cu[s + 1], n = end - a->batch->cu[s];
     size_t row = (size_t)j->n_conv * act_size(a->dtype);
     char *state = state_at(&a->conv_state, a->batch->slot[s]);
     if (n < 3)
         memmove(state, state + (size_t)n * row, (size_t)(3 - n) * row);
-    for (int64_t i = n < 3 ? 3 - n : 0; i < 3; i++)
-        memcpy(state + (size_t)i * row, act_at(a->proj, a->dtype, first + n - 3 + i, a->ld_proj, a->u_off), row);
+    conv_rows(j, end, n < 3 ? n : 3, state);
+}
+
+/* Columns c.. of head h in the record of a slot. */
+static float *s_slice(const struct arle_gdn_args *a, uint32_t slot, unsigned h, unsigned c)
+{
+    return (float *)(void *)state_at(&a->s_state, (int32_t)slot) + (size_t)h * a->dk * a->dv + c;
+}
+
+/* Runs a slice that lies in a compact place until `left` tokens are left, and writes S to a record. */
+static void recur_until(const struct gdn_job *j, struct gdn_slice *sl, unsigned left, float *to)
+{
+    unsigned all = sl->n_tokens, n = all - left;
+    sl->n_tokens = n;
+    j->dev->k->gdn(sl);
+    for (unsigned d = 0; d < sl->dk; d++)
+        memcpy(to + d * j->a->dv, sl->s + d * sl->ld_s, sl->cols * sizeof *to);
+    sl->n_tokens = left;
+    sl->q += n * sl->ld_qkv;
+    sl->k += n * sl->ld_qkv;
+    sl->v += n * sl->ld_qkv;
+    sl->gates += n * sl->ld_gates;
+    sl->o += n * sl->ld_o;
 }
 
 static void recur_part(void *arg, unsigned part, unsigned n_parts)
@@ -94,7 +124,7 @@ static void recur_part(void *arg, unsigned part, unsigned n_parts)
             continue;
         struct gdn_slice sl = {
             .dk = a->dk, .cols = a->dv - c < CPU_GDN_COLS ? a->dv - c : CPU_GDN_COLS, .n_tokens = (unsigned)(b->cu[s + 1] - t0),
-            .s = (float *)(void *)state_at(&a->s_state, b->slot[s]) + (size_t)h * a->dk * a->dv + c, .ld_s = a->dv,
+            .s = s_slice(a, (uint32_t)b->slot[s], h, c), .ld_s = a->dv,
             .q = q, .k = q + (int64_t)a->n_k * a->dk, .v = y + 2 * (int64_t)a->n_k * a->dk + (int64_t)h * a->dv + c, .ld_qkv = j->n_conv,
             .gates = j->gates + (t0 * a->n_v + h) * 4, .ld_gates = (int64_t)a->n_v * 4,
             .o = j->o + t0 * (int64_t)a->n_v * a->dv + (int64_t)h * a->dv + c, .ld_o = (int64_t)a->n_v * a->dv,
@@ -108,12 +138,15 @@ static void recur_part(void *arg, unsigned part, unsigned n_parts)
             memcpy(copy + d * CPU_GDN_COLS, home + d * sl.ld_s, sl.cols * sizeof *copy);
         sl.s = copy;
         sl.ld_s = CPU_GDN_COLS;
-        j->dev->k->gdn(&sl);
-        for (unsigned d = 0; d < a->dk; d++)
-            memcpy(home + d * a->dv, copy + d * CPU_GDN_COLS, sl.cols * sizeof *copy);
+        for (uint32_t k = 0; k < a->n_saves; k++)
+            if (a->saves[k].seq == s)
+                recur_until(j, &sl, (unsigned)((int64_t)b->cu[s + 1] - t0) - a->saves[k].n_tokens, s_slice(a, a->saves[k].slot, h, c));
+        recur_until(j, &sl, 0, home);
     }
     for (int64_t s = part; s < b->n_seqs; s += n_parts)         /* nobody reads the conv state in this pass */
         save_conv(j, s);
+    for (uint32_t k = part; k < a->n_saves; k += n_parts)
+        conv_rows(j, b->cu[a->saves[k].seq] + (int64_t)a->saves[k].n_tokens, 3, state_at(&a->conv_state, (int32_t)a->saves[k].slot));
 }
 
 static void norm_part(void *arg, unsigned part, unsigned n_parts)
@@ -132,7 +165,7 @@ int cpu_gdn(struct arle_device *dev, struct arle_stream *st, const struct arle_g
     const struct arle_batch *b = a->batch;
     struct gdn_job j = { .dev = dev, .a = a };
     if ((a->dtype != ARLE_F32 && a->dtype != ARLE_BF16) || a->conv_width != 4 || a->n_k == 0 || a->n_v % a->n_k != 0 || a->dk == 0
-        || a->dv == 0)
+        || a->dv == 0 || a->n_saves > ARLE_MAX_SAVES)
         return -EINVAL;
     if (b->n_tokens == 0)
         return 0;
@@ -156,7 +189,7 @@ int cpu_seq_shift(struct arle_device *dev, struct arle_stream *st, const struct 
 {
     const struct arle_batch *b = a->batch;
     size_t row = a->dim * act_size(a->dtype);
-    if (a->dtype != ARLE_F32 && a->dtype != ARLE_BF16)
+    if ((a->dtype != ARLE_F32 && a->dtype != ARLE_BF16) || a->n_saves > ARLE_MAX_SAVES)
         return -EINVAL;
     count(dev, N_seq_shift, 1);
     for (int64_t s = 0; s < b->n_seqs; s++) {
@@ -168,5 +201,8 @@ int cpu_seq_shift(struct arle_device *dev, struct arle_stream *st, const struct 
                    t == b->cu[s] ? record : act_at(a->x, a->dtype, t - 1, a->ld_x, 0), row);
         memcpy(record, act_at(a->x, a->dtype, b->cu[s + 1] - 1, a->ld_x, 0), row);
     }
+    for (uint32_t k = 0; k < a->n_saves; k++)
+        memcpy(state_at(&a->record, (int32_t)a->saves[k].slot),
+               act_at(a->x, a->dtype, b->cu[a->saves[k].seq] + (int64_t)a->saves[k].n_tokens - 1, a->ld_x, 0), row);
     return 0;
 }

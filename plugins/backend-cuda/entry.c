@@ -97,6 +97,7 @@ static const struct arle_backend_api api = {
     .dead = cuda_dead,
     .counters = cuda_counters,
     .ceiling = cuda_ceiling,
+    .saves = 1,
 };
 
 ARLE_EXPORT extern const struct arle_plugin arle_plugin_v1;

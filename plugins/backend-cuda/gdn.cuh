@@ -18,6 +18,8 @@ struct gdn_args {
     const int32_t *cu, *slot;
     bf16 *out; int64_t ld_out;
     unsigned *tickets;
+    int n_saves;
+    arle_save saves[ARLE_MAX_SAVES];
     /* chunked form */
     int tok0;                   /* first token of the chunked part of the batch */
     bf16 *qkv;                  /* [tokens][n_conv], from tok0 */
@@ -35,9 +37,23 @@ __device__ __forceinline__ bf16 *conv_state(const gdn_args &a, int s)
     return (bf16 *)(a.conv_base + (size_t)a.slot[s] * a.conv_stride + a.conv_offset);
 }
 
-__device__ __forceinline__ float *s_state(const gdn_args &a, int s, int h)
+__device__ __forceinline__ float *s_of_slot(const gdn_args &a, int slot, int h)
 {
-    return (float *)(a.s_base + (size_t)a.slot[s] * a.s_stride + a.s_offset) + (int64_t)h * kDim * kDim;
+    return (float *)(a.s_base + (size_t)slot * a.s_stride + a.s_offset) + (int64_t)h * kDim * kDim;
+}
+
+__device__ __forceinline__ float *s_state(const gdn_args &a, int s, int h) { return s_of_slot(a, a.slot[s], h); }
+
+/* The next state of sequence s to keep: after how many of its new tokens (more than n; INT_MAX: none), and in which slot. */
+struct gdn_due { int n, slot; };
+
+__device__ __forceinline__ gdn_due next_save(const gdn_args &a, int s, int n)
+{
+    gdn_due due = { 0x7FFFFFFF, 0 };
+    for (int i = 0; i < a.n_saves; i++)
+        if (a.saves[i].seq == (uint32_t)s && (int)a.saves[i].n_tokens > n && (int)a.saves[i].n_tokens < due.n)
+            due = { (int)a.saves[i].n_tokens, (int)a.saves[i].slot };
+    return due;
 }
 
 __device__ __forceinline__ float decay_log(float A_log, float x)

@@ -464,8 +464,20 @@ __global__ void __launch_bounds__(kScanWarps * 32) scan_kernel(const gdn_args a)
         }
     };
     load_u(0);
+    auto store = [&](float *to) {
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                to[(dk + j * 8 + 2 * tq + (e & 1)) * kDim + dv + g + (e >> 1) * 8] = st[j][e];
+    };
+    gdn_due due = next_save(a, s, 0);
 
     for (int c = 0; c < n_chunks; c++) {
+        if (c * kChunk == due.n) {
+            store(s_of_slot(a, due.slot, h));
+            due = next_save(a, s, due.n);
+        }
         cp_wait<0>();
         __syncthreads();
         if (c + 1 < n_chunks)
@@ -589,11 +601,7 @@ __global__ void __launch_bounds__(kScanWarps * 32) scan_kernel(const gdn_args a)
         }
     }
     cp_wait<0>();
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            S[(dk + j * 8 + 2 * tq + (e & 1)) * kDim + dv + g + (e >> 1) * 8] = st[j][e];
+    store(S);
 }
 
 /* ---- chunks: gate ---------------------------------------------------------------------------------------------------- */

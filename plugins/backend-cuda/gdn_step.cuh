@@ -142,6 +142,7 @@ __global__ void __launch_bounds__(256, 2) step_kernel(const gdn_args a)
         for (int j = 0; j < 16; j++)
             st[j] = *(const float4 *)(next_s + (warp * 16 + j) * kDim + lane * 4);
         fetch(item + gridDim.x);
+        gdn_due due = next_save(a, s, 0);
 
         for (int t = t0; t < t0 + n; t++) {
             const bf16 *row = a.proj + (int64_t)t * a.ld_proj;
@@ -195,6 +196,13 @@ __global__ void __launch_bounds__(256, 2) step_kernel(const gdn_args a)
             }
             if (warp == 0) {
                 put_result(a, t, h, lane, o, d, decay, kq, [&] { return *(const uint2 *)(row + a.z_off + h * kDim + lane * 4); });
+            }
+            if (t + 1 - t0 == due.n) {
+                float *to = s_of_slot(a, due.slot, h);
+#pragma unroll
+                for (int j = 0; j < 16; j++)
+                    *(float4 *)(to + (warp * 16 + j) * kDim + lane * 4) = st[j];
+                due = next_save(a, s, due.n);
             }
             if (t + 1 < t0 + n)
                 __syncthreads();

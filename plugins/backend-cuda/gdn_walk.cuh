@@ -403,7 +403,7 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
     const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31, g = lane >> 2, tq = lane & 3;
     /* A lane's row in the tiles of 8 x 8 that it stores or loads four at a time: rows 0 .. 7 and 8 .. 15, then the next columns. */
     const int row = w * 16 + ((lane >> 3) & 1) * 8 + (lane & 7), right = lane >> 4;
-    float *S = s_state(a, k.s, k.h) + k.cb * kWalkCols + w * 16 + g;
+    const float *S = s_state(a, k.s, k.h) + k.cb * kWalkCols + w * 16 + g;
     float st[64], x[32];
     uint32_t sb[32], r[16], vw[16];
 #pragma unroll
@@ -440,6 +440,13 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
         for (int i = 0; i < 64; i++)
             st[i] *= last;
     };
+    auto store = [&](float *to) {
+        to += k.cb * kWalkCols + w * 16 + g;
+#pragma unroll
+        for (int i = 0; i < 64; i++)
+            to[((i >> 2) * 8 + 2 * tq + (i & 1)) * kDim + ((i >> 1) & 1) * 8] = st[i];
+    };
+    gdn_due due = next_save(a, k.s, 0);
     take_values(0);
     take_tiles(0, 0);
     ask_state(0);
@@ -501,13 +508,15 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
         wgmma_wait<0>();
         wgmma_hold(st);
         warp_arrive(smem_u32(&k.bars->empty[here]));
+        if ((c + 1) * kChunk == due.n) {
+            store(s_of_slot(a, due.slot, k.h));
+            due = next_save(a, k.s, due.n);
+        }
         ask_state(at);          /* after the last chunk for nothing: products under a condition would be serialized */
     }
     wgmma_wait<0>();
     wgmma_hold(x);
-#pragma unroll
-    for (int i = 0; i < 64; i++)
-        S[((i >> 2) * 8 + 2 * tq + (i & 1)) * kDim + ((i >> 1) & 1) * 8] = st[i];
+    store(s_state(a, k.s, k.h));
 }
 
 /* Outputs, tokens along the rows: O = e^gamma Q S + P Vn. One of its threads asks for the tiles. */

@@ -107,6 +107,18 @@ int run_tiles(arle_device *dev, cudaStream_t st, gdn_args a, const arle_batch *b
     return 0;
 }
 
+/* The convolution states to keep: the three inputs before each, which are all of this step. */
+__global__ void keep_taps_kernel(const gdn_args a)
+{
+    pdl_launch();
+    pdl_wait();
+    const arle_save &k = a.saves[blockIdx.z];
+    const int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c < a.n_conv)
+        ((bf16 *)(a.conv_base + (size_t)k.slot * a.conv_stride + a.conv_offset))[(int64_t)blockIdx.y * a.n_conv + c] =
+            a.proj[(int64_t)(a.cu[k.seq] + (int)k.n_tokens - 3 + (int)blockIdx.y) * a.ld_proj + a.u_off + c];
+}
+
 } // namespace
 
 extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const struct arle_gdn_args *g)
@@ -116,7 +128,8 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
     if (b->n_tokens == 0)
         return 0;
     if (g->dtype != ARLE_BF16 || g->dk != (uint32_t)kDim || g->dv != (uint32_t)kDim || g->conv_width != 4 || g->n_k == 0
-        || g->n_v % g->n_k != 0 || (g->ld_proj | g->u_off | g->z_off | g->ld_out) % 8 != 0 || (uint64_t)b->n_seqs * g->n_k > 65536)
+        || g->n_v % g->n_k != 0 || (g->ld_proj | g->u_off | g->z_off | g->ld_out) % 8 != 0 || (uint64_t)b->n_seqs * g->n_k > 65536
+        || g->n_saves > ARLE_MAX_SAVES)
         return -EINVAL;
     gdn_args a = {};
     a.n_k = (int)g->n_k;
@@ -146,6 +159,10 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
     a.ld_out = g->ld_out;
     a.tickets = dev->tickets + 65536;
 
+    a.n_saves = (int)g->n_saves;
+    for (uint32_t i = 0; i < g->n_saves; i++)
+        a.saves[i] = g->saves[i];
+
     uint32_t stepped = b->n_decode;
     gdn_args c = a;
     c.seq0 = (int)b->n_decode;
@@ -159,8 +176,12 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
     if (!chunked)
         stepped = b->n_seqs;        /* short pieces, deterministic mode: token after token */
     int r = 0;
+    if (g->n_saves > 0) {
+        bump(dev, COUNT_GDN_SAVE);
+        r = launch(dev, cs(st), keep_taps_kernel, dim3((unsigned)ceil_div(a.n_conv, 256), 3, g->n_saves), dim3(256), 0, a);
+    }
     const uint32_t decode = dev->deterministic ? 0 : b->n_decode;      /* there one kernel makes every token */
-    if (decode > 0) {
+    if (r == 0 && decode > 0) {
         bump(dev, COUNT_GDN_DECODE);
         a.n_seqs = (int)decode;
         int64_t items = (int64_t)a.n_seqs * a.n_v;

@@ -148,7 +148,8 @@ struct shift_args {
     const bf16 *x; int64_t ld_x;
     char *base; size_t stride, offset;
     bf16 *out; int64_t ld_out;
-    int dim8;
+    int dim8, n_saves;
+    arle_save saves[ARLE_MAX_SAVES];
 };
 
 /* The block of a sequence's first token also moves the record on: it alone reads and writes it. */
@@ -168,6 +169,10 @@ __global__ void seq_shift_kernel(shift_args a)
             rec[i] = last[i];
         out[i] = v;
     }
+    for (int k = 0; k < a.n_saves; k++)
+        if (a.saves[k].seq == (uint32_t)s && t == a.cu[s] + (int)a.saves[k].n_tokens - 1)
+            for (int i = threadIdx.x; i < a.dim8; i += blockDim.x)
+                ((uint4 *)(a.base + (size_t)a.saves[k].slot * a.stride + a.offset))[i] = ((const uint4 *)(a.x + (int64_t)t * a.ld_x))[i];
 }
 
 int launch_silu(arle_device *dev, cudaStream_t st, const bf16 *gu, int64_t ld_gu, int64_t step, int64_t up, bf16 *out, int64_t ld_out,
@@ -240,9 +245,11 @@ extern "C" int cuda_seq_shift(struct arle_device *dev, struct arle_stream *st, c
     const arle_batch *b = a->batch;
     if (b->n_tokens == 0)
         return 0;
-    if (a->dtype != ARLE_BF16 || a->dim % 8 != 0 || a->ld_x % 8 != 0 || a->ld_out % 8 != 0)
+    if (a->dtype != ARLE_BF16 || a->dim % 8 != 0 || a->ld_x % 8 != 0 || a->ld_out % 8 != 0 || a->n_saves > ARLE_MAX_SAVES)
         return -EINVAL;
     shift_args s = { b->seq_of, b->cu, b->slot, (const bf16 *)a->x, a->ld_x, (char *)a->record.base, a->record.stride,
-                     a->record.offset, (bf16 *)a->out, a->ld_out, (int)(a->dim / 8) };
+                     a->record.offset, (bf16 *)a->out, a->ld_out, (int)(a->dim / 8), (int)a->n_saves, {} };
+    for (uint32_t i = 0; i < a->n_saves; i++)
+        s.saves[i] = a->saves[i];
     return launch(dev, cs(st), seq_shift_kernel, dim3(b->n_tokens), dim3(128), 0, s);
 }

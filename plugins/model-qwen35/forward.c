@@ -13,11 +13,13 @@ struct run {
     struct arle_stream *st;
     const struct arle_step *step;
     const struct arle_batch *b;
+    uint32_t n_saves;
     struct arle_err *err;
 };
 
 #define OP(name, ...) run_##name(rn, &(struct arle_##name##_args){ __VA_ARGS__ })
 #define TRY(call) do { int r_ = (call); if (r_ < 0) return r_; } while (0)
+#define SAVES .saves = rn->step->saves, .n_saves = rn->n_saves
 #define COMMON .dtype = rn->m->caps.compute, .n_tokens = rn->b->n_tokens
 
 #define DEFINE_RUN(name) \
@@ -107,7 +109,7 @@ static int delta_net(struct run *rn, const struct qwen35_layer *l)
            .u_off = 0, .z_off = conv, .a_off = conv + values, .b_off = conv + values + c->n_v,
            .conv_w = data(rn, l->conv), .A_log = data(rn, l->A_log), .dt_bias = data(rn, l->dt_bias),
            .norm_w = data(rn, l->gate_norm), .conv_state = state_at(rn, l->conv_offset), .s_state = state_at(rn, l->s_offset),
-           .out = at(rn, m->at.mix), .ld_out = values, .scratch = at(rn, m->at.work), .scratch_bytes = m->at.work_bytes));
+           .out = at(rn, m->at.mix), .ld_out = values, .scratch = at(rn, m->at.work), .scratch_bytes = m->at.work_bytes, SAVES));
     return project(rn, l->out, at(rn, m->at.mix), values, at(rn, m->at.h), c->hidden, true);
 }
 
@@ -221,7 +223,7 @@ static int drafts(struct run *rn)
     int64_t two = 2 * (int64_t)c->hidden;
     TRY(norm(rn, m->norm, at(rn, m->at.h), at(rn, m->at.hidden_all), c->hidden));
     TRY(OP(seq_shift, .dtype = m->caps.compute, .dim = c->hidden, .batch = rn->b, .x = at(rn, m->at.hidden_all),
-           .ld_x = c->hidden, .record = state_at(rn, m->prev_hidden_offset), .out = at(rn, m->at.shifted), .ld_out = c->hidden));
+           .ld_x = c->hidden, .record = state_at(rn, m->prev_hidden_offset), .out = at(rn, m->at.shifted), .ld_out = c->hidden, SAVES));
     TRY(OP(embed, COMMON, .ids = rn->b->ids, .sampled = rn->b->sampled, .table = m->embed, .out = at(rn, m->at.h),
            .ld_out = c->hidden));
     TRY(norm(rn, m->mtp.norm_embed, at(rn, m->at.h), at(rn, m->at.pair), two));
@@ -253,6 +255,10 @@ int qwen35_step(struct arle_model *m, struct arle_stream *st, const struct arle_
 {
     struct run run = { .m = m, .st = st, .step = step, .b = &step->batch, .err = err }, *rn = &run;
     TRY(check_step(m, step, err));
+    if (step->struct_size >= offsetof(struct arle_step, n_saves) + sizeof step->n_saves)
+        run.n_saves = step->n_saves;
+    if (run.n_saves > m->desc.max_saves)
+        return arle_err_set(err, -EINVAL, "step with %u states to keep, at most %u are possible", run.n_saves, m->desc.max_saves);
     if (step->batch.n_tokens == 0)
         return 0;
     TRY(OP(embed, COMMON, .ids = rn->b->ids, .sampled = rn->b->sampled, .table = m->embed, .out = at(rn, m->at.h),

@@ -174,14 +174,20 @@ static const char *chat_options(const struct qwen35_config *c)
                              : "{\"enable_thinking\": false, \"template\": \"3.5\"}";
 }
 
-static void fill_desc(struct arle_model *m, const struct qwen35_totals *t)
+/* Whether the state ops of a backend can keep states from the midst of a step; one of an older ABI cannot. */
+static bool can_save(const struct arle_backend_api *be)
+{
+    return be != NULL && be->struct_size >= offsetof(struct arle_backend_api, saves) + sizeof be->saves && be->saves;
+}
+
+static void fill_desc(struct arle_model *m, const struct qwen35_totals *t, const struct arle_backend_api *be)
 {
     const struct qwen35_config *c = &m->cfg;
     m->desc = (struct arle_model_desc){
         .struct_size = sizeof m->desc, .vocab = c->vocab, .n_valid = c->n_valid, .context = c->context, .n_groups = 2,
         .page_multiple = 1, .has_drafter = m->has_drafter, .hidden = c->hidden, .groups = m->groups,
         .weight_bytes = t->device_bytes, .scratch_bytes = m->at.total, .step_weight_bytes = t->step_bytes,
-        .n_params = t->n_params, .arch = c->n_experts > 0 ? "Qwen3.5 MoE" : "Qwen3.5", .chat_options = chat_options(c),
+        .n_params = t->n_params, .max_saves = can_save(be) ? ARLE_MAX_SAVES : 0, .arch = c->n_experts > 0 ? "Qwen3.5 MoE" : "Qwen3.5", .chat_options = chat_options(c),
     };
 }
 
@@ -202,7 +208,7 @@ static int prepare(const struct arle_model_load *a, struct arle_model *m, struct
     m->has_drafter = t->has_drafter;
     lay_out_caches(m);
     lay_out_scratch(m);
-    fill_desc(m, t);
+    fill_desc(m, t, a->backend);
     return 0;
 }
 
@@ -217,7 +223,7 @@ int qwen35_predict(void *ctx, const struct arle_model_load *args, struct arle_mo
         return r;
     memcpy(groups, m.groups, sizeof groups);
     m.desc.groups = groups;
-    *out = m.desc;
+    memcpy(out, &m.desc, out->struct_size < sizeof m.desc ? out->struct_size : sizeof m.desc);
     return 0;
 }
 

@@ -112,6 +112,7 @@ def turns():
                 ok(answers(got) == answers(solo[mode]), "%s, %s: text and log-probabilities as without the cache" % (mode, again),
                    [(g["message"], w["message"]) for g, w in zip(answers(got), answers(solo[mode])) if g != w][:1])
         ok(s.metric("arle_kv_snapshots_restored_total") > 20, "state snapshots were restored")
+        ok(s.metric("arle_kv_snapshots_inside_total") > 3, "states were kept from the midst of steps")
 
 
 def system_prompt():

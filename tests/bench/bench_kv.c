@@ -50,7 +50,7 @@ int main(int argc, char **argv)
         if (kv_seq_open(fm.kv, salt, prompt, length, &s[i], &hit, &fm.err) < 0)
             return 1;
         for (uint32_t at = hit.cached_tokens; at < length;) {
-            at = kv_seq_cut(s[i], at, length);
+            at = kv_seq_cut(s[i], at, length, 0, NULL);
             kv_seq_computed(s[i], at);
         }
     }

@@ -73,10 +73,9 @@ static void advance(struct fm *fm, struct run *r)
 {
     uint32_t n;
     if (r->at < r->n_prompt) {
-        uint32_t want = r->at + 64 + rnd(300), end = kv_seq_cut(r->s, r->at, want < r->n_prompt ? want : r->n_prompt);
+        uint32_t want = r->at + 64 + rnd(300), room = rnd(FM_SIDE + 1);
+        uint32_t end = fm_chunk(fm, r->s, r->salt, r->at, want < r->n_prompt ? want : r->n_prompt, room);
         EXPECT(end > r->at && end <= r->n_prompt);
-        fm_step(fm, r->s, r->salt, r->at, end);
-        kv_seq_computed(r->s, end);
         r->at = end;
         return;
     }
@@ -198,6 +197,7 @@ static void check_use(const struct kv_stats *st, bool has_state)
     EXPECT(st->hits > st->lookups / (has_state ? 12 : 3));
     EXPECT(st->hit_tokens > 0 && st->pages_evicted > 0);
     EXPECT_EQ(has_state, st->snapshots_taken > 0);
+    EXPECT_EQ(has_state, st->snapshots_inside > 0 && st->snapshots_inside < st->snapshots_taken);
     EXPECT_EQ(has_state, st->snapshots_restored > 0);
     EXPECT_EQ(has_state, st->snapshots_evicted > 0);
 }

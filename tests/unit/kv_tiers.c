@@ -182,6 +182,13 @@ static void computed_again_is_held_once(void)
     fm_stop(&fm);
 }
 
+static void pump(struct fm *fm)
+{
+    fake_pump(&fm->dev, 50);
+    kv_poll(fm->kv);
+    kv_step_end(fm->kv);
+}
+
 static void parked_sequences_go_on(void)
 {
     struct fm fm;
@@ -202,10 +209,15 @@ static void parked_sequences_go_on(void)
     }
     for (int round = 0; round < 3; round++)
         for (int i = 0; i < 40; i++) {
-            int r = kv_seq_resume(s[i]);
+            int r;
+            for (int k = 0; k < 100 && (r = kv_seq_resume(s[i])) == -EAGAIN; k++)      /* moves hold pages */
+                pump(&fm);
             EXPECT_EQ(r, 0);
-            for (int k = 0; k < 7; k++)
-                EXPECT_EQ(fm_decode(&fm, s[i], alice, 6 + k), 0);
+            for (int k = 0; k < 7; k++) {
+                for (int p = 0; p < 100 && (r = fm_decode(&fm, s[i], alice, 6 + k)) == -EAGAIN; p++)
+                    pump(&fm);
+                EXPECT_EQ(r, 0);
+            }
             for (int k = 0; k < 100 && (r = kv_seq_park(s[i])) == -ENOSPC; k++) {       /* the resume is still being copied */
                 fake_pump(&fm.dev, 50);
                 kv_poll(fm.kv);

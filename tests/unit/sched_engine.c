@@ -236,6 +236,49 @@ static void stop_tokens(bool async)
 static void stop_sync(void) { stop_tokens(false); }
 static void stop_ahead(void) { stop_tokens(true); }
 
+/* Prompts whose snapshots lie inside take one step where the model can keep states from its midst, and are resumed from those. */
+static void states_from_the_midst(void)
+{
+    static struct got g[6];
+    int32_t p[6][400];
+    uint64_t steps[2];
+    for (int can = 0; can < 2; can++) {
+        fake_init(&dev);
+        dev.async = dev.graphs = true;
+        dev.max_saves = can ? ARLE_MAX_SAVES : 0;
+        struct engine_config cfg = fake_config(&dev);
+        cfg.max_tokens = 1024;
+        cfg.prefix_cache = true;
+        cfg.kv_snapshot_bytes = 64 * sizeof(struct fake_record);
+        cfg.kv_snapshot_cadence = 128;
+        open_with(cfg);
+        memset(g, 0, sizeof g);
+        for (int i = 0; i < 6; i++) {           /* two beginnings; three prompts go on from inside the first one's step */
+            uint32_t n = (uint32_t)(300 + 17 * i);
+            fake_prompt(p[i], n, (uint64_t)(i & 1));
+            fake_prompt(p[i] + 200, n - 200, (uint64_t)(100 + i));
+            struct request_args a = fake_args(p[i], n, 3);
+            struct request *rq = submit(&a);
+            run_dry();
+            read_events(rq, &g[i], 1);
+            EXPECT_EQ(g[i].finish, FINISH_LENGTH);
+            expect_greedy(p[i], n, &g[i], 3);
+            request_unref(rq);
+        }
+        steps[can] = dev.steps;
+        struct kv_stats st;
+        engine_turn(eng);
+        engine_kv_stat(eng, &st);
+        EXPECT_EQ(can, dev.saved > 0);
+        EXPECT_EQ(st.snapshots_inside, dev.saved);
+        EXPECT_EQ(st.hit_tokens, 2 * 128 + 2 * 192);    /* of 200 shared tokens: the cadence, then what the second prompt learned */
+        engine_close(eng);
+    }
+    printf("# %llu steps without, %llu with\n", (unsigned long long)steps[0], (unsigned long long)steps[1]);
+    EXPECT_EQ(steps[1], 6 * 3);             /* a prompt and two more tokens */
+    EXPECT(steps[0] > steps[1] + 6);
+}
+
 static void end_tokens_of_the_model(void)
 {
     static struct got g[2];
@@ -497,6 +540,7 @@ int main(void)
     RUN(several_answers);
     RUN(stop_sync);
     RUN(stop_ahead);
+    RUN(states_from_the_midst);
     RUN(end_tokens_of_the_model);
     RUN(echo_sync);
     RUN(echo_ahead);

@@ -10,7 +10,7 @@
 
 #define ARLE_PLUGIN_MAGIC 0x454C5241u      /* "ARLE" in memory on little-endian machines */
 #define ARLE_ABI_MAJOR 1
-#define ARLE_ABI_MINOR 0
+#define ARLE_ABI_MINOR 1
 
 #define ARLE_EXPORT __attribute__((visibility("default")))
 

@@ -131,6 +131,7 @@ struct arle_backend_api {
     uint32_t (*counters)(struct arle_device *dev, struct arle_counter *out, uint32_t cap);
     /** Measures ceilings: read_bytes_s (memory read bandwidth), bf16_flop_s (best bf16 matrix rate). Takes about a second. */
     int (*ceiling)(struct arle_device *dev, double *read_bytes_s, double *bf16_flop_s, struct arle_err *err);
+    uint32_t saves;             /* 1: the state ops gdn and seq_shift heed their `saves`, see <arle/ops.h> */
 };
 
 #ifdef __cplusplus

@@ -53,6 +53,7 @@ struct arle_model_desc {
     uint64_t n_params;
     const char *arch;               /* architecture name for people */
     const char *chat_options;       /* JSON object of this checkpoint's chat defaults: the host fills absent keys of "options" from it */
+    uint32_t max_saves;             /* states a step can keep from its midst, <= ARLE_MAX_SAVES; 0: a step ends where one is wanted */
 };
 
 #define ARLE_STEP_DRAFTS 1u         /* run the drafter over the step's tokens */
@@ -68,6 +69,8 @@ struct arle_step {
     /* ARLE_STEP_DRAFTS: for the token at position p >= 1, draft[t] is the drafted id of position p + 1, made from the final
      * hidden state at p - 1 and the token at p. -1 for position 0. */
     int32_t *drafts;                /* [n_tokens] out */
+    const struct arle_save *saves;  /* [n_saves] for all state ops of the step; n_saves <= the description's max_saves */
+    uint32_t n_saves;
 };
 
 /* ---- chat ---------------------------------------------------------------------------------------------------------- */

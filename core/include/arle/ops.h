@@ -64,6 +64,15 @@ struct arle_state {
     size_t stride, offset;
 };
 
+/*
+ * A state to keep from the midst of a step: what a state op leaves in the record of sequence `seq` after the first n_tokens of its new
+ * tokens goes to record `slot` of the same group as well. n_tokens is a multiple of 64, at least 64, and less than the sequence's new
+ * tokens; nobody reads or writes `slot` otherwise during the step. Host memory, read during the call. Steps with saves are not captured.
+ * Only backends whose api says `saves` are given any.
+ */
+#define ARLE_MAX_SAVES 8u
+struct arle_save { uint32_t seq, n_tokens, slot; };
+
 /* out[t] = table[id], id = ids[t] >= 0 ? ids[t] : sampled[-1 - ids[t]].    out [n_tokens, K] act */
 struct arle_embed_args {
     uint32_t dtype, n_tokens;
@@ -187,6 +196,7 @@ struct arle_gdn_args {
     struct arle_state conv_state, s_state;
     void *out; int64_t ld_out;              /* [n_tokens, n_v * dv] act */
     void *scratch; size_t scratch_bytes;    /* device memory for the chunked form: n_tokens * (n_conv + n_v * (dk + 2 dv + 8)) * 4 bytes suffice */
+    const struct arle_save *saves; uint32_t n_saves;        /* n_saves <= ARLE_MAX_SAVES, else -EINVAL */
 };
 
 enum arle_moe_score { ARLE_MOE_SOFTMAX = 0, ARLE_MOE_SQRTSOFTPLUS = 1 };
@@ -234,6 +244,7 @@ struct arle_seq_shift_args {
     const void *x; int64_t ld_x;
     struct arle_state record;
     void *out; int64_t ld_out;
+    const struct arle_save *saves; uint32_t n_saves;        /* as in gdn */
 };
 
 #define ARLE_MAX_TOP 20
