@@ -144,7 +144,7 @@ def from_device():
 
 
 def from_host():
-    with Arled(settings={"scheduler.max_seqs": "2", "kv.device_bytes": "20MiB", "kv.snapshot_bytes": "8MiB", "kv.host_bytes": "256MiB"}) as s:
+    with Arled(settings={"scheduler.max_seqs": "2", "kv.device_bytes": "23700KiB", "kv.snapshot_bytes": "8MiB", "kv.host_bytes": "256MiB"}) as s:
         talk(s, "A" + RULES, QUESTIONS[:3])
         for other in "BCDEFG":
             talk(s, other + RULES, QUESTIONS[:3])
@@ -212,7 +212,7 @@ def tenants():
 
 def pinned():
     """A pinned prompt outlives a flood that takes everything else; once unpinned it goes too; a pin too large is refused."""
-    settings = {"scheduler.max_seqs": "2", "kv.device_bytes": "20MiB", "kv.snapshot_bytes": "32MiB"}
+    settings = {"scheduler.max_seqs": "2", "kv.device_bytes": "23700KiB", "kv.snapshot_bytes": "32MiB"}
     with Arled(settings=settings) as s:
         ctl = lambda *a: subprocess.run([program("arlectl"), "--socket", s.control, "--json"] + list(a), capture_output=True, text=True)
         prompt = lambda start: [{"role": "system", "content": start + SYSTEM}, {"role": "user", "content": QUESTIONS[0]}]
@@ -255,7 +255,7 @@ def pinned():
 def quotas():
     """A tenant with a quota pushes out its own entries; without one it pushes out everybody's."""
     for pct, kept in (("100", False), ("40", True)):
-        settings = {"scheduler.max_seqs": "2", "kv.device_bytes": "20MiB", "kv.snapshot_bytes": "8MiB", "kv.tenant_quota_pct": pct,
+        settings = {"scheduler.max_seqs": "2", "kv.device_bytes": "23700KiB", "kv.snapshot_bytes": "8MiB", "kv.tenant_quota_pct": pct,
                     "auth.keys": "red:r blue:b"}
         with Arled(settings=settings) as s:
             says = lambda key, text: ask(s, [{"role": "system", "content": text}, {"role": "user", "content": QUESTIONS[0]}],

@@ -35,7 +35,7 @@ static const char *const refused[] = {
     "attention one token", "attention bf16, gated", "attention decode", "attention decode over splits",
     "attention odd heads, interleaved", "attention 5 heads on 1, no norms", "attention window", "attention window across splits",
     "attention shifted, first 1", "attention int8", "attention int8, odd width", "attention 4-bit, 64 wide", "gdn seven tokens",
-    "gdn decode", "gdn mixed", "gdn odd widths", "gdn extreme gates", "moe_experts 19 tokens, shared",
+    "gdn keeps states", "gdn decode", "gdn mixed", "gdn odd widths", "gdn extreme gates", "moe_experts 19 tokens, shared",
     "moe_experts weight first, limit", "embed random f32", "linear quantised, 1 row", "linear quantised, 9 rows", "moe_route example",
 };
 
