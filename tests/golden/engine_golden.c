@@ -1,8 +1,10 @@
 /*
  * The trained checkpoints through the engine on the CPU, in f32: prompt log-probabilities, greedy tokens and drafts of the
  * reference; and the same bits whether a sequence runs alone or among others, in large or small chunks, cold or from the
- * prefix cache at any position, undisturbed or after it lost its pages.
+ * prefix cache at any position and in any tier, undisturbed or after it lost its pages.
+ * With ON_CUDA the same on a GPU, in bf16 and deterministic mode (the reference within the bounds of cuda_golden); skips without one.
  */
+#include "kv/kv.h"
 #include "plugin/registry.h"
 #include "sched/engine.h"
 #include "tap.h"
@@ -10,6 +12,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#ifndef ON_CUDA
+#define ON_CUDA 0
+#endif
 #define MAX_CASES 32
 #define MAX_NEW 48
 
@@ -72,21 +77,21 @@ static bool find_plugins(const char *name)
         return false;
     snprintf(dir, sizeof dir, "%s/%s", models, name);
     snprintf(set, sizeof set, "plugins.dir=%s", plugins);
-    const char *sets[] = { set };
-    if (cfg == NULL && (config_open(&cfg, NULL, sets, 1, &err) < 0 || registry_open(&reg, cfg, REGISTRY_LENIENT, &err) < 0))
+    const char *sets[] = { set, "plugin backend-cuda.deterministic=yes" };
+    if (cfg == NULL && (config_open(&cfg, NULL, sets, ON_CUDA ? 2 : 1, &err) < 0 || registry_open(&reg, cfg, REGISTRY_LENIENT, &err) < 0))
         return false;
     snprintf(path, sizeof path, "%s/config.json", dir);
     FILE *f = fopen(path, "re");
     size_t n = f != NULL ? fread(text, 1, sizeof text, f) : 0;
     if (f != NULL)
         fclose(f);
-    return n > 0 && registry_backend(reg, "cpu", &backend, &err) == 0 && registry_model(reg, text, n, &model, &err) == 0 && read_cases();
+    return n > 0 && registry_backend(reg, ON_CUDA ? "cuda" : "cpu", &backend, &err) == 0 && registry_model(reg, text, n, &model, &err) == 0 && read_cases();
 }
 
 static struct engine_config plain_config(void)
 {
     return (struct engine_config){ .name = "golden", .model_dir = dir, .max_seqs = 1, .max_tokens = 600, .max_queue = 64,
-                                   .compute = "f32", .parity = true, .manual = true, .page_tokens = 16, .kv_bytes = 96 << 20,
+                                   .compute = ON_CUDA ? "bf16" : "f32", .step_graphs = ON_CUDA, .run_ahead = ON_CUDA, .parity = true, .manual = true, .page_tokens = 16, .kv_bytes = 96 << 20,
                                    .context = 1024 };
 }
 
@@ -160,6 +165,12 @@ static void same_bits(const struct answer *a, const struct answer *b, const char
 
 static struct answer ref[MAX_CASES], other[MAX_CASES];
 
+/* bf16 is bound as in cuda_golden. */
+static double nll_bound(uint32_t n)
+{
+    return !ON_CUDA ? 1e-3 : n < 64 ? 0.01 * sqrt(64.0 / n) : 0.01;
+}
+
 static void reference(void)
 {
     struct engine_stats st;
@@ -168,16 +179,16 @@ static void reference(void)
     answer_all(c, false, 1, true, c.drafts, ref, &st);
     for (uint32_t i = 0; i < n_cases; i++) {
         const struct gcase *g = &cases[i];
-        EXPECT_NEAR(ref[i].nll, g->nll, 1e-3);
-        EXPECT_EQ(ref[i].n, g->n_greedy);
+        EXPECT_NEAR(ref[i].nll, g->nll, nll_bound(g->n));
+        EXPECT(ON_CUDA || ref[i].n == g->n_greedy);
         for (uint32_t t = 0; t < g->n_greedy && t < ref[i].n; t++) {
-            if (ref[i].ids[t] != g->greedy[t] && g->margin[t] < 0.02)
+            if (ref[i].ids[t] != g->greedy[t] && g->margin[t] < (ON_CUDA ? 0.1 : 0.02))
                 break;      /* another rounding may choose otherwise; what follows differs */
             if (ref[i].ids[t] != g->greedy[t])
                 TAP_FAIL("%s: token %u is %d, expected %d (margin %g)", g->name, t, ref[i].ids[t], g->greedy[t], g->margin[t]);
         }
         for (uint32_t p = 0; c.drafts && p + 1 < g->n; p++)     /* the draft for p + 2 is made at p + 1 */
-            if (ref[i].draft[p + 2] != g->draft[p])
+            if (!ON_CUDA && ref[i].draft[p + 2] != g->draft[p])
                 TAP_FAIL("%s: draft for position %u is %d, expected %d", g->name, p + 2, ref[i].draft[p + 2], g->draft[p]);
     }
 }
@@ -205,26 +216,40 @@ static void invariance(void)
     EXPECT(warm > 0);
 }
 
+struct sizes { uint64_t page, slot; uint32_t page_tokens; };
+
+/* What the model's caches take. */
+static struct sizes sizes_of(const struct engine_config *c)
+{
+    struct sizes z = { 0 };
+    struct engine *e = NULL;
+    struct engine_stats st;
+    if (engine_open(&e, c, backend->ops, backend->ctx, 0, model->ops, model->ctx, &err) < 0) {
+        TAP_FAIL("engine_open: %s", err.msg);
+        return z;
+    }
+    const struct arle_model_desc *d = engine_model(e);
+    engine_stat(e, &st);
+    for (uint32_t i = 0; i < d->n_groups; i++)
+        *(d->groups[i].kind == ARLE_CACHE_PAGED ? &z.page : &z.slot) += d->groups[i].kind == ARLE_CACHE_PAGED ? d->groups[i].page_bytes : d->groups[i].record_bytes;
+    z.page_tokens = st.page_tokens;
+    engine_close(e);
+    return z;
+}
+
 /* A pool that holds the longest case and little more: others are moved away and computed again. */
 static void scarce(void)
 {
     struct engine_stats st;
     struct engine_config c = plain_config();
-    struct engine *e = NULL;
     uint32_t longest = 0;
-    uint64_t page = 0, slots = 0;
     for (uint32_t i = 0; i < n_cases; i++)
         longest = cases[i].n + MAX_NEW > longest ? cases[i].n + MAX_NEW : longest;
-    REQUIRE(engine_open(&e, &c, backend->ops, backend->ctx, 0, model->ops, model->ctx, &err) == 0);
-    const struct arle_model_desc *d = engine_model(e);
-    engine_stat(e, &st);
-    for (uint32_t i = 0; i < d->n_groups; i++)
-        *(d->groups[i].kind == ARLE_CACHE_PAGED ? &page : &slots) += d->groups[i].kind == ARLE_CACHE_PAGED ? d->groups[i].page_bytes : d->groups[i].record_bytes;
-    c.page_tokens = st.page_tokens;
-    engine_close(e);
+    struct sizes z = sizes_of(&c);
+    c.page_tokens = z.page_tokens;
     c.max_seqs = 16;
     c.context = longest;
-    c.kv_bytes = slots * 17 + page * (longest / c.page_tokens + 4);
+    c.kv_bytes = z.slot * 17 + z.page * (longest / c.page_tokens + 4);
     answer_all(c, true, 1, false, false, other, &st);
     same_bits(ref, other, "when pages are scarce");
     EXPECT_EQ(st.errors, 0);
@@ -298,7 +323,78 @@ static void resume_anywhere(void)
     }
     printf("# resumed at %u positions\n", resumed);
     EXPECT(resumed > 20);
+    struct kv_stats st;
+    engine_turn(warm);
+    engine_kv_stat(warm, &st);
+    EXPECT_EQ(engine_model(warm)->max_saves > 0, st.snapshots_inside > 0);
+    struct engine_stats es;
+    engine_stat(warm, &es);
+    EXPECT_EQ(ON_CUDA, es.graph_launches > 0);
     engine_close(warm);
+}
+
+/* Turns until so many bytes have come to the disk and no more follow. */
+static void let_write(struct engine *e)
+{
+    struct kv_stats st = { 0 };
+    uint64_t was = 1;
+    for (int i = 0; i < 100 && (st.demoted_bytes[2] == 0 || st.demoted_bytes[2] != was); i++) {
+        was = st.demoted_bytes[2];
+        for (int k = 0; k < 50; k++) {
+            engine_turn(e);
+            usleep(1000);
+        }
+        engine_kv_stat(e, &st);
+    }
+}
+
+/* A prompt that left the device comes back from host memory, and after a restart from disk: the bits of a cold run. */
+static void other_tiers(void)
+{
+    struct engine_config c = plain_config();
+    struct engine *e = NULL;
+    const struct gcase *g = longest_case();
+    struct answer want, got;
+    struct kv_stats st;
+    uint32_t n = g->n < 300 ? g->n : 300;
+    char folder[] = "/tmp/arle-tiers-XXXXXX", secret[64], command[64];
+    REQUIRE(mkdtemp(folder) != NULL);
+    snprintf(secret, sizeof secret, "%s/secret", folder);
+    FILE *f = fopen(secret, "we");          /* a secret of its own, or a restart would see nothing */
+    REQUIRE(f != NULL && fputs("thirty-two bytes that nobody saw", f) >= 0 && fclose(f) == 0 && chmod(secret, 0600) == 0);
+    c.context = 512;
+    c.prefix_cache = true;
+    c.kv_snapshot_bytes = 8 * sizes_of(&c).slot;        /* few, so that the flood below takes them */
+    c.secret_file = secret;
+    c.kv_host_bytes = 256 << 20;
+    c.kv_disk_dir = folder;
+    c.kv_disk_bytes = 1ull << 30;
+    REQUIRE(engine_open(&e, &c, backend->ops, backend->ctx, 0, model->ops, model->ctx, &err) == 0);
+    ask(e, g->ids, n, RESUME_NEW, NULL, &want);
+    EXPECT_EQ(want.cached, 0);
+    for (int i = 0; i < 40; i++) {
+        char salt[16];
+        snprintf(salt, sizeof salt, "flood %d", i);
+        ask(e, g->ids, n, 1, salt, &got);
+    }
+    ask(e, g->ids, n, RESUME_NEW, NULL, &got);
+    EXPECT(got.cached > 0);
+    EXPECT(same_answer(&want, &got));
+    engine_turn(e);
+    engine_kv_stat(e, &st);
+    EXPECT(st.demoted_bytes[1] > 0 && st.promoted_bytes[1] > 0);
+    let_write(e);
+    engine_close(e);
+    REQUIRE(engine_open(&e, &c, backend->ops, backend->ctx, 0, model->ops, model->ctx, &err) == 0);
+    ask(e, g->ids, n, RESUME_NEW, NULL, &got);
+    EXPECT(got.cached > 0);
+    EXPECT(same_answer(&want, &got));
+    engine_turn(e);
+    engine_kv_stat(e, &st);
+    EXPECT(st.promoted_bytes[2] > 0);
+    engine_close(e);
+    snprintf(command, sizeof command, "rm -rf %s", folder);
+    EXPECT_EQ(system(command), 0);
 }
 
 static void checkpoint(const char *name)
@@ -317,6 +413,8 @@ static void checkpoint(const char *name)
     tap_run(label, scarce);
     snprintf(label, sizeof label, "%s: resumed anywhere, the same bits", name);
     tap_run(label, resume_anywhere);
+    snprintf(label, sizeof label, "%s: from host and disk, the same bits", name);
+    tap_run(label, other_tiers);
 }
 
 int main(void)
@@ -324,7 +422,8 @@ int main(void)
     checkpoint("qwen35-tiny");
     checkpoint("qwen35-micro");
     checkpoint("qwen35-moe-tiny");
-    checkpoint("deepseek-v4-tiny");
+    if (!ON_CUDA)
+        checkpoint("deepseek-v4-tiny");
     if (reg != NULL)
         registry_close(reg);
     config_close(cfg);
