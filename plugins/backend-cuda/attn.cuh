@@ -20,6 +20,7 @@ struct attn_args {
     int n_rows, n_splits, split_blocks;     /* decode; split_blocks 0: n_splits warps share all blocks of all rows evenly */
     float *work;
     uint32_t kv_dtype;              /* of quantised entries */
+    const int32_t *seq_of;          /* decode: row i is token seq0 + i, of this sequence; NULL: it is the one token of sequence seq0 + i */
 };
 
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk) { return row * kRow + ((chunk ^ (row & 7)) << 4); }

@@ -26,12 +26,19 @@ __device__ __forceinline__ void load_kv16(const attn_args &a, const int32_t *tab
 
 const int kDecStages = 3, kDecTok = 16, kDecStage = kDecTok * kRow * 2, kDecLeast = 2;
 
+__device__ __forceinline__ int row_token(const attn_args &a, int row) { return a.seq_of != NULL ? a.seq0 + row : a.cu[a.seq0 + row]; }
+
+__device__ __forceinline__ const int32_t *row_table(const attn_args &a, int row)
+{
+    return a.table + (int64_t)(a.seq_of != NULL ? a.seq_of[a.seq0 + row] : a.seq0 + row) * a.table_stride;
+}
+
 /* What a row attends: nb blocks of 16 positions from lo on, up to end - 1. A row that attends nothing has one block all the same. */
 struct row_span { int lo, end, nb; };
 
 __device__ __forceinline__ row_span span_of(const attn_args &a, int row)
 {
-    const int p = a.pos[a.cu[a.seq0 + row]] + a.pos_shift;
+    const int p = a.pos[row_token(a, row)] + a.pos_shift;
     row_span s;
     s.end = p + 1;
     s.lo = a.window > 0 && p - a.window + 1 > a.first ? p - a.window + 1 : a.first;
@@ -134,7 +141,7 @@ __device__ __forceinline__ void store_gated(const attn_args &a, int t, int h, in
 /* A row of sums over all keys of a row and head: lane j of four has columns 8 d + 2 j and the next. */
 __device__ __forceinline__ void store_whole(const attn_args &a, int row, int kvh, int r, const float (&o)[32][4], int half, float l)
 {
-    const int t = a.cu[a.seq0 + row], h = kvh * a.group + r, c = (threadIdx.x & 3) * 2;
+    const int t = row_token(a, row), h = kvh * a.group + r, c = (threadIdx.x & 3) * 2;
     const float inv = l > 0.f ? 1.f / l : 0.f;
     bf16 *out = a.out + (int64_t)t * a.ld_out + (int64_t)h * kHead + c;
     uint32_t g[32];
@@ -195,7 +202,7 @@ __global__ void __launch_bounds__(32) decode_kernel(const attn_args a)
     auto fill = [&]() {
         if (filled < n) {
             const int p0 = next.span.lo + next.b * kDecTok;
-            const int32_t *table = a.table + (int64_t)(a.seq0 + next.row) * a.table_stride;
+            const int32_t *table = row_table(a, next.row);
             unsigned char *to = ring + filled % kDecStages * kDecStage;
             if (next.span.lo >= next.span.end)
                 ;
@@ -209,16 +216,16 @@ __global__ void __launch_bounds__(32) decode_kernel(const attn_args a)
         filled++;
         cp_commit();
     };
-    /* The step's own key, in the last block of a row, is written by the kernel before this one. A warp that has it among its first only
+    /* The step's own key, in the last block of a decode row, is written by the kernel before this one. A warp that has it among its first only
      * brings them as far as the L2; the others start copying. Nothing in flight may write other keys of a decode row: a step begins and ends
      * with copies that wait for all before them, and each layer has a cache of its own. */
-    const bool early = !QUANT && n > 0 && at.b + min(n, kDecStages - 1) < at.span.nb;
+    const bool early = !QUANT && a.seq_of == NULL && n > 0 && at.b + min(n, kDecStages - 1) < at.span.nb;
     if (early) {
         for (int i = 0; i < kDecStages - 1; i++)
             fill();
     } else for (int i = 0; i < min(n, kDecStages - 1) && at.b + i < at.span.nb && at.span.lo < at.span.end; i++) {
         const int mine = min(at.span.lo + (at.b + i) * kDecTok + (lane & 15), at.span.end - 1);
-        const char *e = entry_of(a, a.table + (int64_t)(a.seq0 + at.row) * a.table_stride, mine)
+        const char *e = entry_of(a, row_table(a, at.row), mine)
             + (size_t)(at.kvh + (lane >> 4) * a.n_kv) * (QUANT ? kHead : kRow);
         l2_prefetch(e);
         l2_prefetch(e + 128);
@@ -235,7 +242,7 @@ __global__ void __launch_bounds__(32) decode_kernel(const attn_args a)
     float o[32][4], m0, m1, l0, l1;
     int first_b;
     auto begin = [&]() {
-        const int64_t q0 = ((int64_t)a.cu[a.seq0 + at.row] * a.n_q + at.kvh * a.group) * kHead;
+        const int64_t q0 = ((int64_t)row_token(a, at.row) * a.n_q + at.kvh * a.group) * kHead;
         for (int r = 0; r < a.group; r++)
             cp16(qs + swizzled(r, lane), a.q + q0 + r * kHead + lane * 8, true);
         cp_commit();
@@ -356,7 +363,7 @@ __global__ void __launch_bounds__(256) combine_kernel(const attn_args a)
     const int h = blockIdx.x, row = blockIdx.y, kvh = h / a.group, r = h % a.group;
     const int group = threadIdx.x / kWide, at = threadIdx.x % kWide, d = (blockIdx.z * kWide + at) * 4;
     pdl_launch();
-    const int t = a.cu[a.seq0 + row], nb = span_of(a, row).nb;
+    const int t = row_token(a, row), nb = span_of(a, row).nb;
     int n, slot0, slot1, step;          /* parts; slot of part 0, of part i > 0: slot1 + i * step */
     if (a.split_blocks > 0) {
         n = (nb + a.split_blocks - 1) / a.split_blocks;

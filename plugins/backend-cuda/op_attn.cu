@@ -33,6 +33,7 @@ int run_decode_fixed(arle_device *dev, cudaStream_t st, attn_args a, int n_rows,
     int at_once = (int)(dev->attn_work_bytes / ((size_t)a.n_splits * a.n_q * kWorkRow * 4));
     if (at_once < 1)
         return -EINVAL;
+    at_once = at_once < 65535 ? at_once : 65535;
     const int seq0 = a.seq0;
     for (int s = 0; s < n_rows; s += at_once) {
         a.seq0 = seq0 + s;
@@ -95,6 +96,10 @@ template <bool QUANT>
 int run(arle_device *dev, cudaStream_t st, attn_args a, const arle_batch *b)
 {
     int r = 0;
+    if (dev->deterministic) {       /* one form for all tokens, or a sequence would show where its steps began */
+        a.seq_of = b->seq_of;
+        return run_decode<QUANT>(dev, st, a, (int)b->n_tokens, (int)b->max_ctx);
+    }
     if (b->n_decode > 0)
         r = run_decode<QUANT>(dev, st, a, (int)b->n_decode, (int)b->max_ctx);
     if (r < 0 || b->n_seqs == b->n_decode)

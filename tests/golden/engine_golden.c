@@ -77,9 +77,11 @@ static bool find_plugins(const char *name)
         return false;
     snprintf(dir, sizeof dir, "%s/%s", models, name);
     snprintf(set, sizeof set, "plugins.dir=%s", plugins);
-    const char *sets[] = { set, "plugin backend-cuda.deterministic=yes" };
-    if (cfg == NULL && (config_open(&cfg, NULL, sets, ON_CUDA ? 2 : 1, &err) < 0 || registry_open(&reg, cfg, REGISTRY_LENIENT, &err) < 0))
-        return false;
+    const char *sets[] = { set, "backend-cuda.deterministic=yes" };
+    if (cfg == NULL && (config_open(&cfg, NULL, sets, ON_CUDA ? 2 : 1, &err) < 0 || registry_open(&reg, cfg, REGISTRY_LENIENT, &err) < 0)) {
+        printf("Bail out! %s\n", err.msg);
+        exit(1);
+    }
     snprintf(path, sizeof path, "%s/config.json", dir);
     FILE *f = fopen(path, "re");
     size_t n = f != NULL ? fread(text, 1, sizeof text, f) : 0;
