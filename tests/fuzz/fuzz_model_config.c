@@ -9,7 +9,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct qwen35_config c;
-    struct arle_model_desc d;
+    struct arle_model_desc d = { .struct_size = sizeof d };
     struct arle_err err = ARLE_ERR_INIT;
     const char *json = (const char *)data;
     int r = qwen35_config_parse(json, size, &c, &err);

@@ -149,7 +149,7 @@ static void published_sizes_have_their_parameters(void)
         SKIP("ARLE_TEST_MODELS is not set");
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
         char path[1024];
-        struct arle_model_desc d;
+        struct arle_model_desc d = { .struct_size = sizeof d };
         struct arle_err err = ARLE_ERR_INIT;
         snprintf(path, sizeof path, "%s/shapes/qwen3.5-%s.json", root, sizes[i].name);
         char *json = read_text(path);
