@@ -35,6 +35,7 @@ enum cuda_count {
 };
 
 struct lt_plan;
+struct graph_gaps;
 struct cuda_loader;
 
 /* One opened GPU. Workspaces are shared by all ops, so ops of one device run on one stream at a time (the engine's). */
@@ -67,6 +68,7 @@ struct arle_device {
     size_t attn_work_bytes;
     void *sample_work;
     size_t sample_work_bytes;
+    graph_gaps *gaps;                   /* mem.cu; NULL unless they are measured */
 };
 
 struct arle_weight {
@@ -154,6 +156,9 @@ static inline bool has_code(const void *kernel)
     cudaGetLastError();
     return false;
 }
+/** Measuring the time between step graphs, where it is asked for; what was found is logged at the end. */
+int gaps_open(arle_device *dev, struct arle_err *err);
+void gaps_close(arle_device *dev);
 /** Waits, once, for weights that are still on their way. */
 int loader_settle(arle_device *dev);
 void loader_free(arle_device *dev);

@@ -221,6 +221,9 @@ extern "C" int cuda_open_device(void *ctx, uint32_t index, struct arle_device **
     r = take_workspaces(dev, err);
     if (r < 0)
         goto fail;
+    r = gaps_open(dev, err);
+    if (r < 0)
+        goto fail;
     set_faults(dev);
     if (dev->ordinal < 64) {
         open_on[dev->ordinal].fetch_add(1);
@@ -240,6 +243,7 @@ extern "C" void cuda_close_device(struct arle_device *dev)
     cudaSetDevice(dev->ordinal);
     if (dev->counted)
         open_on[dev->ordinal].fetch_sub(1);
+    gaps_close(dev);
     loader_free(dev);
     lt_plans_free(dev);
     void *const mem[] = { dev->lt_work, dev->partial, dev->tickets, dev->attn_work, dev->sample_work };
