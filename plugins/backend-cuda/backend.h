@@ -19,7 +19,7 @@ struct cuda_conf {
     int deterministic;
     int pdl;                    /* programmatic dependent launch */
     int measure_gaps;           /* log the device time between step graphs */
-    int64_t stream_rows;        /* most rows whose products stream the weights through own kernels */
+    int64_t stream_rows;        /* most rows whose products stream the weights through gemv and gemm_stream */
     int64_t tma_rows;           /* and most rows whose weights the copy engine streams, 0 = none */
     char inject_fault[32];      /* "", "kernel:N", "alloc:N" */
 };

@@ -1,5 +1,5 @@
 /*
- * gemm_tma: y[t, n] = sum_k x[t, k] W[n, k] for 9 to 64 tokens on compute capability 9.0, W streamed once at memory speed.
+ * gemm_tma: y[t, n] = sum_k x[t, k] W[n, k] for 3 to 64 tokens on compute capability 9.0, W streamed once at memory speed.
  *
  * Two threads ask the copy engine for boxes of W and x, one warpgroup multiplies them where they land; nothing else passes through
  * registers. Tokens are the product's 64 rows (fewer: the rows past them multiply what lies there, and are dropped), rows of W its
@@ -525,12 +525,15 @@ static inline bool tma_ready(arle_device *dev)
         dev->tma_code = has_code((const void *)gemm_tma_kernel<16, 4>) ? 1 : -1;
     return dev->tma_code > 0;
 }
+const int kTmaFrom = 2;         /* up to so many rows gemv is faster */
 
 /** Whether gemm_tma serves a (its `out` as well) here: 9.0, rows of 16 bytes, not in deterministic mode. */
 static inline bool gemm_tma_fits(arle_device *dev, const gemm_args &a, bool norm)
 {
     if (dev->cc != 90 || dev->deterministic || a.rows <= dev->stream_rows || a.rows > dev->tma_rows || a.k % 8 != 0 || a.ld_x % 8 != 0
         || ((uintptr_t)a.x & 15) != 0 || tensor_map_encoder() == NULL || !tma_ready(dev))
+    if (dev->cc != 90 || dev->deterministic || a.rows <= kTmaFrom || a.rows > dev->tma_rows || a.k % 8 != 0 || a.ld_x % 8 != 0
+        || ((uintptr_t)a.x & 15) != 0 || tensor_map_encoder() == NULL)
         return false;
     const int tokens = a.rows <= 16 ? 16 : a.rows <= 32 ? 32 : 64;
     const tma_plan p = tma_choose(dev->n_sm, a.n, a.k, tokens, norm ? 1 : 8);
