@@ -1092,6 +1092,8 @@ const struct ops_case ops_cases[] = {
     { "linear 1 row", run_linear, { 1, 96, 128, ARLE_BF16 } },
     { "linear 1 row, odd K and N", run_linear, { 1, 83, 131, ARLE_BF16, 1 } },
     { "linear 1 row, long", run_linear, { 1, 40, 3584, ARLE_BF16 } },
+    { "linear 1 row, more rows of weights than blocks", run_linear, { 1, 2413, 712, ARLE_BF16, 0, 1 } },
+    { "linear 2 rows, more rows of weights than blocks", run_linear, { 2, 2405, 328, ARLE_BF16, 1 } },
     { "linear 2 rows, f32 weight", run_linear, { 2, 50, 65, ARLE_F32 } },
     { "linear 3 rows, f16 weight", run_linear, { 3, 31, 40, ARLE_F16, 0, 1 } },
     { "linear 4 rows", run_linear, { 4, 129, 70, ARLE_BF16, 0, 1 } },
