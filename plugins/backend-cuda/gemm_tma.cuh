@@ -530,10 +530,8 @@ const int kTmaFrom = 2;         /* up to so many rows gemv is faster */
 /** Whether gemm_tma serves a (its `out` as well) here: 9.0, rows of 16 bytes, not in deterministic mode. */
 static inline bool gemm_tma_fits(arle_device *dev, const gemm_args &a, bool norm)
 {
-    if (dev->cc != 90 || dev->deterministic || a.rows <= dev->stream_rows || a.rows > dev->tma_rows || a.k % 8 != 0 || a.ld_x % 8 != 0
-        || ((uintptr_t)a.x & 15) != 0 || tensor_map_encoder() == NULL || !tma_ready(dev))
     if (dev->cc != 90 || dev->deterministic || a.rows <= kTmaFrom || a.rows > dev->tma_rows || a.k % 8 != 0 || a.ld_x % 8 != 0
-        || ((uintptr_t)a.x & 15) != 0 || tensor_map_encoder() == NULL)
+        || ((uintptr_t)a.x & 15) != 0 || tensor_map_encoder() == NULL || !tma_ready(dev))
         return false;
     const int tokens = a.rows <= 16 ? 16 : a.rows <= 32 ? 32 : 64;
     const tma_plan p = tma_choose(dev->n_sm, a.n, a.k, tokens, norm ? 1 : 8);
