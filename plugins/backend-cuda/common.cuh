@@ -42,7 +42,7 @@ struct cuda_loader;
 struct arle_device {
     cuda_ctx *cx;
     int ordinal, n_sm, cc;              /* cc: 90 for compute capability 9.0 */
-    size_t max_smem;
+    size_t max_smem, sm_smem;           /* shared memory of a block at most, of a multiprocessor */
     bool pdl, deterministic;
     int stream_rows, tma_rows;
     std::atomic<int> dead;
@@ -53,6 +53,8 @@ struct arle_device {
     std::atomic<int64_t> fault_kernel, fault_alloc;     /* count down to the injected fault; below zero: off */
 
     int tma_code;                       /* gemm_tma.cuh: 1 its kernels are in this build and run here, -1 they do not, 0 not asked yet */
+    bool tma_by_regs;                   /* its last launch took more than half of a multiprocessor's registers, see gemm_tma_launch */
+    int tma_clusters[4];                /* clusters of 1, 2, 4, 8 of its blocks that run at a time, no two on a multiprocessor */
     bool counted;                       /* among the open records of its GPU */
     bool no_wide;                       /* gemm_wide.cu has found that its kernels do not run here */
     int wide_clusters;                  /* how many pairs of its blocks are resident at a time, once it has asked */
@@ -63,7 +65,7 @@ struct arle_device {
     lt_plan *plans;                     /* hash table of matmul plans by shape; engine thread only */
 
     float *partial;                     /* split sums of gemm_stream */
-    unsigned *tickets;                  /* zero between kernels: 65536 of gemm_stream, 65536 of gdn */
+    unsigned *tickets;                  /* zero between kernels: 65536 of gemm_stream, 65537 of gdn */
     void *attn_work;                    /* split-KV partial results */
     size_t attn_work_bytes;
     void *sample_work;
@@ -155,6 +157,13 @@ static inline bool has_code(const void *kernel)
         return fa.sharedSizeBytes > 0;
     cudaGetLastError();
     return false;
+}
+/** For kernels that need much shared memory and are to run beside others: by itself the driver sets aside what the one needs, and a
+ * multiprocessor changes that only while it is empty. */
+static inline cudaError_t share_sm(const void *kernel, bool share)
+{
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                share ? cudaSharedmemCarveoutMaxShared : cudaSharedmemCarveoutDefault);
 }
 /** Measuring the time between step graphs, where it is asked for; what was found is logged at the end. */
 int gaps_open(arle_device *dev, struct arle_err *err);
