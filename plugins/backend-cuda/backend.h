@@ -18,7 +18,8 @@ struct cuda_conf {
     uint64_t memory;            /* most bytes this plugin takes on a device, 0 = what is free */
     int deterministic;
     int pdl;                    /* programmatic dependent launch */
-    int64_t stream_rows;        /* most rows whose products stream the weights through own kernels */
+    int measure_gaps;           /* log the device time between step graphs */
+    int64_t stream_rows;        /* most rows whose products stream the weights through gemv and gemm_stream */
     int64_t tma_rows;           /* and most rows whose weights the copy engine streams, 0 = none */
     char inject_fault[32];      /* "", "kernel:N", "alloc:N" */
 };

@@ -29,19 +29,20 @@ struct cuda_ctx {
 
 /* Counters of paths taken; the names are in device.cu in the same order. */
 enum cuda_count {
-    COUNT_GEMV, COUNT_GEMM_STREAM, COUNT_GEMM_TMA, COUNT_GEMM_LT, COUNT_GEMM_WIDE, COUNT_GEMM_EXPERTS, COUNT_ATTN_DECODE,
-    COUNT_ATTN_PREFILL, COUNT_GDN_DECODE, COUNT_GDN_STEP, COUNT_GDN_CHUNK, COUNT_GDN_SAVE, COUNT_MOE, COUNT_SAMPLE, COUNT_GRAPH_LAUNCH,
-    COUNT_GRAPH_CAPTURE, COUNT_PDL, COUNT_COPY_BYTES, COUNT_ALLOC_BYTES, COUNT_N
+    COUNT_GEMV, COUNT_GEMV_ROW, COUNT_GEMM_STREAM, COUNT_GEMM_TMA, COUNT_GEMM_LT, COUNT_GEMM_WIDE, COUNT_GEMM_EXPERTS,
+    COUNT_ATTN_DECODE, COUNT_ATTN_PREFILL, COUNT_GDN_DECODE, COUNT_GDN_STEP, COUNT_GDN_CHUNK, COUNT_GDN_SAVE, COUNT_MOE, COUNT_SAMPLE,
+    COUNT_GRAPH_LAUNCH, COUNT_GRAPH_CAPTURE, COUNT_PDL, COUNT_COPY_BYTES, COUNT_ALLOC_BYTES, COUNT_N
 };
 
 struct lt_plan;
+struct graph_gaps;
 struct cuda_loader;
 
 /* One opened GPU. Workspaces are shared by all ops, so ops of one device run on one stream at a time (the engine's). */
 struct arle_device {
     cuda_ctx *cx;
     int ordinal, n_sm, cc;              /* cc: 90 for compute capability 9.0 */
-    size_t max_smem;
+    size_t max_smem, sm_smem;           /* shared memory of a block at most, of a multiprocessor */
     bool pdl, deterministic;
     int stream_rows, tma_rows;
     std::atomic<int> dead;
@@ -52,6 +53,8 @@ struct arle_device {
     std::atomic<int64_t> fault_kernel, fault_alloc;     /* count down to the injected fault; below zero: off */
 
     int tma_code;                       /* gemm_tma.cuh: 1 its kernels are in this build and run here, -1 they do not, 0 not asked yet */
+    bool tma_by_regs;                   /* its last launch took more than half of a multiprocessor's registers, see gemm_tma_launch */
+    int tma_clusters[4];                /* clusters of 1, 2, 4, 8 of its blocks that run at a time, no two on a multiprocessor */
     bool counted;                       /* among the open records of its GPU */
     bool no_wide;                       /* gemm_wide.cu has found that its kernels do not run here */
     int wide_clusters;                  /* how many pairs of its blocks are resident at a time, once it has asked */
@@ -62,11 +65,12 @@ struct arle_device {
     lt_plan *plans;                     /* hash table of matmul plans by shape; engine thread only */
 
     float *partial;                     /* split sums of gemm_stream */
-    unsigned *tickets;                  /* zero between kernels: 65536 of gemm_stream, 65536 of gdn */
+    unsigned *tickets;                  /* zero between kernels: 65536 of gemm_stream, 65537 of gdn */
     void *attn_work;                    /* split-KV partial results */
     size_t attn_work_bytes;
     void *sample_work;
     size_t sample_work_bytes;
+    graph_gaps *gaps;                   /* mem.cu; NULL unless they are measured */
 };
 
 struct arle_weight {
@@ -154,6 +158,16 @@ static inline bool has_code(const void *kernel)
     cudaGetLastError();
     return false;
 }
+/** For kernels that need much shared memory and are to run beside others: by itself the driver sets aside what the one needs, and a
+ * multiprocessor changes that only while it is empty. */
+static inline cudaError_t share_sm(const void *kernel, bool share)
+{
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                share ? cudaSharedmemCarveoutMaxShared : cudaSharedmemCarveoutDefault);
+}
+/** Measuring the time between step graphs, where it is asked for; what was found is logged at the end. */
+int gaps_open(arle_device *dev, struct arle_err *err);
+void gaps_close(arle_device *dev);
 /** Waits, once, for weights that are still on their way. */
 int loader_settle(arle_device *dev);
 void loader_free(arle_device *dev);

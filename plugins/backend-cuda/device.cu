@@ -9,7 +9,7 @@
 namespace {
 
 const char *const count_names[COUNT_N] = {
-    "gemv", "gemm_stream", "gemm_tma", "gemm_lt", "gemm_wide", "gemm_experts", "attn_decode",
+    "gemv", "gemv_row", "gemm_stream", "gemm_tma", "gemm_lt", "gemm_wide", "gemm_experts", "attn_decode",
     "attn_prefill", "gdn_decode", "gdn_step", "gdn_chunk", "gdn_save", "moe", "sample",
     "graph_launch", "graph_capture", "pdl_launch", "copy_bytes", "alloc_bytes",
 };
@@ -164,7 +164,7 @@ static int take_workspaces(arle_device *dev, struct arle_err *err)
     struct { void **p; size_t bytes; } want[] = {
         { &dev->lt_work, dev->lt_work_bytes = 64u << 20 },
         { (void **)&dev->partial, (size_t)(2 * dev->n_sm) * 2 * 65536 },
-        { (void **)&dev->tickets, 131072 * sizeof(unsigned) },
+        { (void **)&dev->tickets, (131072 + 1) * sizeof(unsigned) },
         { &dev->attn_work, dev->attn_work_bytes = 96u << 20 },
         { &dev->sample_work, dev->sample_work_bytes = 64u << 20 },
     };
@@ -209,6 +209,7 @@ extern "C" int cuda_open_device(void *ctx, uint32_t index, struct arle_device **
     dev->n_sm = p.multiProcessorCount;
     dev->cc = p.major * 10 + p.minor;
     dev->max_smem = p.sharedMemPerBlockOptin;
+    dev->sm_smem = p.sharedMemPerMultiprocessor;
     dev->pdl = cx->conf.pdl && dev->cc >= 90;
     dev->deterministic = cx->conf.deterministic != 0;
     dev->stream_rows = (int)cx->conf.stream_rows;
@@ -219,6 +220,9 @@ extern "C" int cuda_open_device(void *ctx, uint32_t index, struct arle_device **
         goto fail;
     }
     r = take_workspaces(dev, err);
+    if (r < 0)
+        goto fail;
+    r = gaps_open(dev, err);
     if (r < 0)
         goto fail;
     set_faults(dev);
@@ -240,6 +244,7 @@ extern "C" void cuda_close_device(struct arle_device *dev)
     cudaSetDevice(dev->ordinal);
     if (dev->counted)
         open_on[dev->ordinal].fetch_sub(1);
+    gaps_close(dev);
     loader_free(dev);
     lt_plans_free(dev);
     void *const mem[] = { dev->lt_work, dev->partial, dev->tickets, dev->attn_work, dev->sample_work };

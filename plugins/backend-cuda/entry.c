@@ -13,9 +13,11 @@ static const struct arle_conf_key keys[] = {
     { .name = "pdl", .type = ARLE_CONF_BOOL, .def = "yes", .unit = "",
       .help = "Start each kernel while the one before it still runs, where the GPU can (programmatic dependent launch)." },
     { .name = "stream_rows", .type = ARLE_CONF_I64, .def = "8", .min = 4, .max = 64, .unit = "rows",
-      .help = "Most rows whose matrix products stream the weights through own kernels; more go to cuBLASLt." },
+      .help = "Most rows whose matrix products stream the weights through own kernels where tma_rows does not apply; more go to cuBLASLt." },
     { .name = "tma_rows", .type = ARLE_CONF_I64, .def = "64", .min = 0, .max = 64, .unit = "rows",
-      .help = "Most rows, beyond stream_rows, whose products stream the weights through the copy engine, where the GPU has one." },
+      .help = "Most rows, from 3 on, whose products stream the weights through the copy engine, where the GPU has one (compute capability 9.0)." },
+    { .name = "measure_gaps", .type = ARLE_CONF_BOOL, .def = "no", .unit = "",
+      .help = "Measure the time the device spends between the end of one step graph and the start of the next; logged when the device is closed." },
     { .name = "inject_fault", .type = ARLE_CONF_STR, .def = "", .unit = "",
       .help = "For tests: kernel:N makes the N-th op die on the device, alloc:N makes the N-th allocation fail." },
     { .name = NULL },
@@ -38,6 +40,7 @@ static int open_plugin(const struct arle_host *host, const struct arle_conf *con
         c.pdl = cs->i64(conf, "pdl") != 0;
         c.stream_rows = cs->i64(conf, "stream_rows");
         c.tma_rows = cs->i64(conf, "tma_rows");
+        c.measure_gaps = cs->i64(conf, "measure_gaps") != 0;
         const char *fault = cs->str(conf, "inject_fault");
         snprintf(c.inject_fault, sizeof c.inject_fault, "%s", fault != NULL ? fault : "");
     }

@@ -7,6 +7,7 @@
 namespace {
 
 const int kDim = 128, kChunk = 64, kStepLimit = 16;
+const int kTickets = 65536;     /* of sequences and key heads; behind them the count of decode pairs taken */
 
 struct gdn_args {
     int n_k, n_v, ratio, n_conv, seq0, n_seqs;

@@ -1,5 +1,5 @@
 /*
- * gemm_tma: y[t, n] = sum_k x[t, k] W[n, k] for 9 to 64 tokens on compute capability 9.0, W streamed once at memory speed.
+ * gemm_tma: y[t, n] = sum_k x[t, k] W[n, k] for 3 to 64 tokens on compute capability 9.0, W streamed once at memory speed.
  *
  * Two threads ask the copy engine for boxes of W and x, one warpgroup multiplies them where they land; nothing else passes through
  * registers. Tokens are the product's 64 rows (fewer: the rows past them multiply what lies there, and are dropped), rows of W its
@@ -36,6 +36,9 @@ template <int TN, int N16> struct tma_shape {
     static constexpr int N = N16 * 16, X_BYTES = TN * 128, STAGE = X_BYTES + N * 128;
     static constexpr int FIT = kTmaMemory / STAGE, STAGES = FIT < kTmaStages ? FIT : kTmaStages;
     static constexpr int SMEM = STAGE * STAGES + 1024;      /* boxes are aligned to 1024 bytes */
+    static constexpr int LINES = TN * (N + 8) * 4;          /* for tma_store_lines */
+    static constexpr int BARS = 3 * STAGES + 1, STATIC = BARS * 8 + STAGES * 256 + 256;     /* STATIC: shared memory besides, at least */
+    static constexpr int THREADS = N16 < 10 ? 512 : 384;    /* at most; 192 work, see gemm_tma_launch */
     static constexpr int UNDER_WAY = (kTmaFlight + N * 128 - 1) / (N * 128), FLIGHT = UNDER_WAY < STAGES ? UNDER_WAY : STAGES;
     static constexpr int LEFT = kTmaLeft / (N * 128);       /* as FLIGHT: boxes of W */
 };
@@ -44,6 +47,12 @@ template <int TN, int N16> struct tma_shape {
 static __host__ __device__ __forceinline__ bool tma_eights(const gemm_args &a)
 {
     return a.n % 8 == 0 && a.n_out % 8 == 0 && a.ld_y % 2 == 0 && ((uintptr_t)a.y & 7) == 0;
+}
+
+/* Whether results leave by tma_store_lines, which takes memory of its own. */
+static __host__ __device__ __forceinline__ bool tma_lines(const tma_args &a, bool once)
+{
+    return !once && a.norm_w == NULL && a.g.out == GEMM_F32 && a.g.n % 4 == 0 && a.g.ld_y % 4 == 0 && ((uintptr_t)a.g.y & 15) == 0;
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -207,6 +216,32 @@ static __device__ __forceinline__ void tma_units4(const gemm_args &a, int t, int
             y[e] = __float2bfloat16_rn(f[e]);
 }
 
+/* A tile of f32 results by way of shared memory, so that whole lines are written, and while the next tile is worked on. They leave the
+ * cache before anything else does: logits of 64 rows do not fit there. `stage`: [token][N + 8] floats. */
+template <int N>
+static __device__ __forceinline__ void tma_store_lines(const gemm_args &a, int m0, const float (&d)[N / 2], uint32_t stage, int warp,
+                                                       int tid)
+{
+    const int lane = tid & 31, t = warp * 16 + (lane >> 2);
+    if (tid < a.rows)
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    tma_sync();             /* the tile before has been read */
+    if (warp * 16 < a.rows) {
+        const uint32_t at = stage + (t * (N + 8) + 2 * (lane & 3)) * 4;
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+            shared_put2(at + j * 32, d[4 * j], d[4 * j + 1]);
+            shared_put2(at + j * 32 + (N + 8) * 32, d[4 * j + 2], d[4 * j + 3]);
+        }
+    }
+    wgmma_publish();
+    tma_sync();
+    if (tid < a.rows)
+        asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;\ncp.async.bulk.commit_group;"
+                     ::"l"((float *)a.y + tid * a.ld_y + m0), "r"(stage + tid * (N + 8) * 4), "r"(min(N, a.n - m0) * 4),
+                       "l"(tma_policy<true>()) : "memory");
+}
+
 /* What a block finishes of a tile: whole tokens, four neighbours (item) at a time. */
 struct tma_part {
     int t0, own, items;         /* first token, tokens, items */
@@ -247,7 +282,9 @@ static __device__ __forceinline__ void tma_finish(const tma_args &a, int m0, uin
 {
     constexpr int PAD = N + 8;      /* two tokens' pairs fall into different banks */
     const int lane = tid & 31, t = (tid >> 5) * 16 + (lane >> 2);
-    tma_sync();             /* the slower warps have read the ring's last stage */
+    if (a.split > 1)
+        cluster_arrive();   /* this warp is done with the ring */
+    tma_sync();             /* and so are the slower ones */
     if (t < TN) {
         const uint32_t at = own + (t * PAD + 2 * (lane & 3)) * 4;
 #pragma unroll
@@ -264,7 +301,6 @@ static __device__ __forceinline__ void tma_finish(const tma_args &a, int m0, uin
             mbar_expect(bar, bytes * a.split);
         wgmma_publish();
         tma_sync();
-        cluster_arrive();
         cluster_wait();     /* all rings are done with */
         if (tid < a.split)
             cluster_copy(red + rank * bytes, bar, tid, own + tid * bytes, bytes);
@@ -341,17 +377,18 @@ static __device__ __forceinline__ void tma_norm(uint32_t x, uint32_t nw, int col
 #endif
 
 template <int TN, int N16>
-static __global__ void __launch_bounds__(192, 2) gemm_tma_kernel(const __grid_constant__ tma_args a,
-                                                                 const __grid_constant__ CUtensorMap w_map,
-                                                                 const __grid_constant__ CUtensorMap x_map)
+static __global__ void __launch_bounds__(tma_shape<TN, N16>::THREADS)
+gemm_tma_kernel(const __grid_constant__ tma_args a, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using S = tma_shape<TN, N16>;
     extern __shared__ unsigned char tma_mem[];
-    __shared__ __align__(8) uint64_t bars[3 * S::STAGES + 1];
+    __shared__ __align__(8) uint64_t bars[S::BARS];
     __shared__ __align__(128) float norm_w[S::STAGES][64];
     __shared__ float scale[64];         /* the norm's, of each token */
     const int tid = threadIdx.x, lane = tid & 31, warp = __shfl_sync(0xffffffffu, tid >> 5, 0);
+    if (warp > 5)
+        return;             /* there for their registers */
     const uint32_t smem = (smem_u32(tma_mem) + 1023) & ~1023u, w_full = smem_u32(bars), x_full = w_full + 8 * S::STAGES,
                    empty = x_full + 8 * S::STAGES, join = empty + 8 * S::STAGES;
 
@@ -412,6 +449,7 @@ static __global__ void __launch_bounds__(192, 2) gemm_tma_kernel(const __grid_co
     /* With tokens enough for all warps, results may go from the registers where they can. */
     const bool direct = TN > 16 && a.split == 1 && a.g.out != GEMM_BF16_ADD && a.g.out != GEMM_F32_ADD && tma_eights(a.g);
     static_assert(S::SMEM - 1024 >= 2 * TN * (S::N + 8) * 4, "parts meet in the place of the ring");
+    const bool lines = tma_lines(a, once);
     float d[S::N / 2];
     pdl_wait();             /* y belongs to the kernels before until now */
     tma_part part = {};
@@ -423,13 +461,13 @@ static __global__ void __launch_bounds__(192, 2) gemm_tma_kernel(const __grid_co
         for (int j = 0; j < len; j++, i++) {
             const int s = i % S::STAGES;
             const uint32_t xs = smem + s * S::STAGE, ws = xs + S::X_BYTES;
-            mbar_wait(w_full + 8 * s, i / S::STAGES & 1);
             mbar_wait(x_full + 8 * s, i / S::STAGES & 1);
             if (norm) {
                 tma_norm<TN>(xs, smem_u32(norm_w[s]), a.g.k - (kb0 + j) * 64, a.w_offset, ss, tid);
                 wgmma_publish();
                 tma_sync();
             }
+            mbar_wait(w_full + 8 * s, i / S::STAGES & 1);
             wgmma_fence();
 #pragma unroll
             for (int kk = 0; kk < 4; kk++)
@@ -459,12 +497,18 @@ static __global__ void __launch_bounds__(192, 2) gemm_tma_kernel(const __grid_co
             tma_finish<TN, S::N>(a, tile * S::N, smem, d, norm ? scale : NULL, join, part, rank, tid);
             break;
         }
+        if (lines) {
+            tma_store_lines<S::N>(a.g, tile * S::N, d, smem + S::STAGE * S::STAGES, warp, tid);
+            continue;
+        }
         const int t = warp * 16 + (lane >> 2);
         if (warp * 16 < TN) {
             const float f[2] = { norm ? scale[t] : 1.f, norm ? scale[t + 8] : 1.f };
             tma_store<S::N>(a.g, tile * S::N, d, t, lane, f);
         }
     }
+    if (lines && tid < a.g.rows)
+        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #endif
 }
 
@@ -473,40 +517,64 @@ struct tma_plan { int n16, split; int64_t cost; };
 
 /*
  * The cut that leaves the busiest multiprocessor the least to move: its tiles; x at a quarter, since it comes from the L2 cache; parts of
- * a shared tile, at 14 KB/us where a multiprocessor's part of the memory's bandwidth is 23 (H100).
+ * a shared tile, at 14 KB/us where a multiprocessor's part of the memory's bandwidth is 23 (H100). Clusters do not reach all
+ * multiprocessors (of four blocks, 30 on 132); one cluster more, and two of its blocks share one with others: 20 % slower.
  */
-static inline tma_plan tma_choose(int n_sm, int64_t n, int64_t k, int tokens, int most_split)
+static inline tma_plan tma_choose(const arle_device *dev, int64_t n, int64_t k, int tokens, int most_split)
 {
     tma_plan best = { 8, 1, INT64_MAX };
     const int64_t ku = ceil_div(k, 64);
     for (int n16 = 4; n16 <= 10; n16++)
-        for (int split = 1; split <= most_split; split *= 2) {
-            const int64_t rows = n16 * 16, blocks = ceil_div(n, rows) * split, joined = split > 1 ? tokens * (rows + 8) * 4 * 8 / 5 : 0;
-            const int64_t cost = ceil_div(blocks, n_sm) * ceil_div(ku, split) * (rows + tokens / 4) * 128 + joined;
-            if (split > 1 && (blocks > n_sm || ku < 2 * split))
+        for (int i = 0, split = 1; split <= most_split; i++, split *= 2) {
+            const int64_t rows = n16 * 16, tiles = ceil_div(n, rows), joined = split > 1 ? tokens * (rows + 8) * 4 * 8 / 5 : 0;
+            const int64_t cost = ceil_div(tiles * split, dev->n_sm) * ceil_div(ku, split) * (rows + tokens / 4) * 128 + joined;
+            if (split > 1 && (tiles > dev->tma_clusters[i] || ku < 2 * split))
                 continue;
+            if (tiles > dev->n_sm && kTmaMemory / ((tokens + rows) * 128) < 5)
+                continue;       /* fewer stages do not last while the results of a tile leave */
             if (cost < best.cost)
                 best = { n16, split, cost };
         }
     return best;
 }
 
+/*
+ * A multiprocessor is to take a block of one product and one of the next, but not two of the same, which are what it would be given where
+ * it is early done with the product before: up to 52 of 132, then, and as many none. So blocks take more than half of one thing, in turns
+ * of the shared memory and of the registers, by threads that end at once. Up to 16 tokens that makes no difference.
+ */
 template <int TN, int N16>
 static int gemm_tma_launch(arle_device *dev, cudaStream_t st, const tma_args &a)
 {
+    using S = tma_shape<TN, N16>;
+    static int regs;
     CUtensorMap w, x;
-    if (!matrix_map(&w, a.g.w, a.g.n, a.g.k, a.g.k, N16 * 16, 64) || !matrix_map(&x, a.g.x, a.g.rows, a.g.k, a.g.ld_x, TN, 64))
+    if (!matrix_map(&w, a.g.w, a.g.n, a.g.k, a.g.k, S::N, 64) || !matrix_map(&x, a.g.x, a.g.rows, a.g.k, a.g.ld_x, TN, 64))
         return cuda_fail(dev, cudaErrorInvalidValue, "cuTensorMapEncodeTiled", __FILE__, __LINE__);
+    if (regs == 0) {
+        cudaFuncAttributes f;
+        CUDA_TRY(dev, cudaFuncGetAttributes(&f, (const void *)gemm_tma_kernel<TN, N16>));
+        CUDA_TRY(dev, share_sm((const void *)gemm_tma_kernel<TN, N16>, TN > 16));
+        regs = (f.numRegs + 7) / 8 * 8;
+    }
     bump(dev, COUNT_GEMM_TMA);
-    const int64_t blocks = ceil_div(a.g.n, N16 * 16) * a.split;
-    const dim3 grid((unsigned)(blocks < dev->n_sm ? blocks : dev->n_sm));
-    return launch_clusters(dev, st, a.split, gemm_tma_kernel<TN, N16>, grid, dim3(192), tma_shape<TN, N16>::SMEM, a, w, x);
+    const int64_t blocks = ceil_div(a.g.n, S::N) * a.split;
+    const bool once = blocks <= dev->n_sm;
+    int smem = S::SMEM + (tma_lines(a, once) ? S::LINES : 0), threads = 192;
+    const int half = (int)dev->sm_smem / 2 - 1024 + 128 - S::STATIC;
+    dev->tma_by_regs = smem < half && !dev->tma_by_regs;
+    if (TN > 16 && dev->tma_by_regs)
+        threads = 32 * (32768 / (32 * regs) + 1);
+    else if (TN > 16 && smem < half)
+        smem = half;
+    return launch_clusters(dev, st, a.split, gemm_tma_kernel<TN, N16>, dim3((unsigned)(once ? blocks : dev->n_sm)),
+                           dim3(threads < 192 ? 192 : threads > S::THREADS ? S::THREADS : threads), smem, a, w, x);
 }
 
 template <int TN>
 static int gemm_tma_tokens(arle_device *dev, cudaStream_t st, tma_args a)
 {
-    const tma_plan p = tma_choose(dev->n_sm, a.g.n, a.g.k, TN, a.norm_w != NULL ? 1 : 8);
+    const tma_plan p = tma_choose(dev, a.g.n, a.g.k, TN, a.norm_w != NULL ? 1 : 8);
     a.split = p.split;
     switch (p.n16) {
     case 4: return gemm_tma_launch<TN, 4>(dev, st, a);
@@ -521,21 +589,42 @@ static int gemm_tma_tokens(arle_device *dev, cudaStream_t st, tma_args a)
 
 static inline bool tma_ready(arle_device *dev)
 {
-    if (dev->tma_code == 0)
-        dev->tma_code = has_code((const void *)gemm_tma_kernel<16, 4>) ? 1 : -1;
+    if (dev->tma_code != 0)
+        return dev->tma_code > 0;
+    const void *kernel = (const void *)gemm_tma_kernel<16, 4>;
+    const int alone = (int)dev->max_smem - 8192;       /* no two blocks have so much; some of it is static */
+    dev->tma_code = has_code(kernel) ? 1 : -1;
+    for (int i = 0; i < 4 && dev->tma_code > 0; i++) {
+        cudaLaunchAttribute attr = {};
+        attr.id = cudaLaunchAttributeClusterDimension;
+        attr.val.clusterDim.x = 1u << i;
+        attr.val.clusterDim.y = attr.val.clusterDim.z = 1;
+        cudaLaunchConfig_t cfg = {};
+        cfg.gridDim = dim3(8);
+        cfg.blockDim = dim3(192);
+        cfg.dynamicSmemBytes = alone;
+        cfg.attrs = &attr;
+        cfg.numAttrs = 1;
+        if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, alone) != cudaSuccess
+            || cudaOccupancyMaxActiveClusters(&dev->tma_clusters[i], kernel, &cfg) != cudaSuccess) {
+            cudaGetLastError();
+            dev->tma_clusters[i] = 0;
+        }
+    }
     return dev->tma_code > 0;
 }
+const int kTmaFrom = 2;         /* up to so many rows gemv is faster */
 
 /** Whether gemm_tma serves a (its `out` as well) here: 9.0, rows of 16 bytes, not in deterministic mode. */
 static inline bool gemm_tma_fits(arle_device *dev, const gemm_args &a, bool norm)
 {
-    if (dev->cc != 90 || dev->deterministic || a.rows <= dev->stream_rows || a.rows > dev->tma_rows || a.k % 8 != 0 || a.ld_x % 8 != 0
+    if (dev->cc != 90 || dev->deterministic || a.rows <= kTmaFrom || a.rows > dev->tma_rows || a.k % 8 != 0 || a.ld_x % 8 != 0
         || ((uintptr_t)a.x & 15) != 0 || tensor_map_encoder() == NULL || !tma_ready(dev))
         return false;
     const int tokens = a.rows <= 16 ? 16 : a.rows <= 32 ? 32 : 64;
-    const tma_plan p = tma_choose(dev->n_sm, a.n, a.k, tokens, norm ? 1 : 8);
+    const tma_plan p = tma_choose(dev, a.n, a.k, tokens, norm ? 1 : 8);
     /* A norm is for blocks that see all of a token. Where shared tiles save more than a kernel for the norm takes (2 us), it has one. */
-    if (norm && p.cost > tma_choose(dev->n_sm, a.n, a.k, tokens, 8).cost + 48 * 1024)
+    if (norm && p.cost > tma_choose(dev, a.n, a.k, tokens, 8).cost + 48 * 1024)
         return false;
     /* Blocks with more than one tile store plain results in eights, and nothing else. */
     return ceil_div(a.n, p.n16 * 16) * p.split <= dev->n_sm

@@ -153,6 +153,96 @@ static __global__ void __launch_bounds__(256, 2) gemv_kernel(const gemv_args a)
     cp_wait<0>();
 }
 
+/*
+ * gemv_row: a warp per row of W, for one or two tokens and no more rows than warps that fit: matrices whose 16-row tiles would be dealt
+ * unevenly (2560 rows are 160 tiles for 132 multiprocessors, but 19.4 rows for each). W passes through registers, kRowAhead
+ * pieces of 256 columns ahead, the first of them before pdl_wait().
+ */
+const int kRowWarps = 10, kRowAhead = 12, kRowTokens = 2;
+
+template <int ROWS>
+static __global__ void __launch_bounds__(320, 2) gemv_row_kernel(const gemm_args a)
+{
+    extern __shared__ __align__(128) unsigned char gemv_mem[];
+    const int tid = threadIdx.x, lane = tid & 31, row = blockIdx.x * kRowWarps + (tid >> 5), n_pieces = (a.k + 255) / 256;
+    const bool live = row < a.n;
+    const bf16 *w = a.w + (int64_t)(live ? row : 0) * a.k + lane * 8;
+    bf16 *xs = (bf16 *)gemv_mem;
+
+    pdl_launch();
+    uint4 v[kRowAhead];
+    auto piece = [&](int p) -> uint4 {
+        uint4 r = make_uint4(0, 0, 0, 0);
+        if (live && p * 256 + lane * 8 < a.k)
+            asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(w + p * 256));
+        return r;
+    };
+#pragma unroll
+    for (int j = 0; j < kRowAhead; j++)
+        v[j] = piece(j);
+    pdl_wait();
+
+    float was[ROWS];
+#pragma unroll
+    for (int t = 0; t < ROWS; t++) {
+        for (int i = tid * 8; i < a.k; i += 320 * 8)
+            *(uint4 *)(xs + t * a.k + i) = *(const uint4 *)(a.x + t * a.ld_x + i);
+        was[t] = 0.f;
+        if (lane == 0 && live && a.out == GEMM_BF16_ADD)
+            was[t] = __bfloat162float(((const bf16 *)a.y)[t * a.ld_y + row]);
+        if (lane == 0 && live && a.out == GEMM_F32_ADD)
+            was[t] = ((const float *)a.y)[t * a.ld_y + row];
+    }
+    __syncthreads();
+
+    float acc[ROWS] = {};
+    for (int p0 = 0; p0 < n_pieces; p0 += kRowAhead)
+#pragma unroll
+        for (int j = 0; j < kRowAhead; j++) {
+            const int p = p0 + j, at = p * 256 + lane * 8;
+            const uint4 c = v[j];
+            v[j] = piece(p + kRowAhead);
+            if (at >= a.k)
+                continue;
+            const float2 w0 = unpack2(c.x), w1 = unpack2(c.y), w2 = unpack2(c.z), w3 = unpack2(c.w);
+#pragma unroll
+            for (int t = 0; t < ROWS; t++) {
+                const uint4 x = *(const uint4 *)(xs + t * a.k + at);
+                const float2 x0 = unpack2(x.x), x1 = unpack2(x.y), x2 = unpack2(x.z), x3 = unpack2(x.w);
+                acc[t] = fmaf(w0.x, x0.x, fmaf(w0.y, x0.y, acc[t]));
+                acc[t] = fmaf(w1.x, x1.x, fmaf(w1.y, x1.y, acc[t]));
+                acc[t] = fmaf(w2.x, x2.x, fmaf(w2.y, x2.y, acc[t]));
+                acc[t] = fmaf(w3.x, x3.x, fmaf(w3.y, x3.y, acc[t]));
+            }
+        }
+#pragma unroll
+    for (int t = 0; t < ROWS; t++) {
+        float sum = warp_sum(acc[t]) + was[t];
+        if (lane != 0 || !live)
+            continue;
+        if (a.out == GEMM_BF16 || a.out == GEMM_BF16_ADD)
+            ((bf16 *)a.y)[t * a.ld_y + row] = __float2bfloat16_rn(sum);
+        else
+            ((float *)a.y)[t * a.ld_y + row] = sum;
+    }
+}
+
+static bool gemv_row_fits(const arle_device *dev, const gemv_args &a)
+{
+    int tiles = (a.g.n + 15) / 16;
+    return a.norm_w == NULL && a.g.out != GEMM_SILU && a.g.rows <= kRowTokens && a.g.n <= 2 * dev->n_sm * kRowWarps && tiles > dev->n_sm
+        && a.g.k % 8 == 0 && (size_t)a.g.rows * a.g.k * 2 <= 96 * 1024;
+}
+
+static int gemv_row(arle_device *dev, cudaStream_t st, const gemm_args &a)
+{
+    dim3 grid((unsigned)((a.n + kRowWarps - 1) / kRowWarps));
+    size_t smem = (size_t)a.rows * a.k * 2;
+    bump(dev, COUNT_GEMV_ROW);
+    return a.rows == 1 ? launch(dev, st, gemv_row_kernel<1>, grid, dim3(320), smem, a) : launch(dev, st, gemv_row_kernel<2>, grid, dim3(320), smem, a);
+}
+
 static inline size_t gemv_bytes(int stages, int rows, int k) { return (size_t)stages * kGemvStage + (size_t)rows * (k + 8) * 2; }
 
 /** True when the tokens fit beside the ring; then launches. x, norm and result as in gemv_args. */
@@ -160,6 +250,8 @@ static bool gemv_fits(const gemv_args &a) { return a.g.rows <= kGemvRows && gemv
 
 static int gemv(arle_device *dev, cudaStream_t st, const gemv_args &a)
 {
+    if (gemv_row_fits(dev, a))
+        return gemv_row(dev, st, a.g);
     int tiles = (a.g.n + 15) / 16, most = 2 * dev->n_sm;
     dim3 grid((unsigned)(tiles < most ? tiles : most));
     bump(dev, COUNT_GEMV);

@@ -237,6 +237,52 @@ extern "C" int cuda_fill(struct arle_device *dev, struct arle_stream *st, void *
     return 0;
 }
 
+/* Device time between the end of one graph and the start of the next: last end, sum, number, largest, in nanoseconds. */
+struct graph_gaps { unsigned long long end, sum, n, max; };
+
+static __global__ void graph_starts(graph_gaps *g)
+{
+    unsigned long long now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (g->end != 0 && now > g->end) {
+        g->sum += now - g->end;
+        g->n++;
+        g->max = now - g->end > g->max ? now - g->end : g->max;
+    }
+}
+
+static __global__ void graph_ends(graph_gaps *g)
+{
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(g->end));
+}
+
+int gaps_open(arle_device *dev, struct arle_err *err)
+{
+    if (!dev->cx->conf.measure_gaps)
+        return 0;
+    void *p = NULL;
+    int r = cuda_alloc(dev, ARLE_MEM_DEVICE, sizeof(graph_gaps), &p, err);
+    dev->gaps = (graph_gaps *)p;
+    if (r == 0 && cudaMemset(p, 0, sizeof(graph_gaps)) != cudaSuccess)
+        r = arle_err_set(err, -EIO, "GPU %d does not clear memory", dev->ordinal);
+    return r;
+}
+
+void gaps_close(arle_device *dev)
+{
+    graph_gaps g = {};
+    if (dev->gaps == NULL)
+        return;
+    if (dev->dead.load() == 0 && cudaMemcpy(&g, dev->gaps, sizeof g, cudaMemcpyDeviceToHost) == cudaSuccess && g.n > 0 && dev->cx->log != NULL) {
+        char text[128];
+        snprintf(text, sizeof text, "between %llu step graphs: mean %.2f us, largest %.2f us", g.n, (double)g.sum / (double)g.n * 1e-3,
+                 (double)g.max * 1e-3);
+        dev->cx->log->write(ARLE_LOG_INFO, "cuda", "step-gaps", text);
+    }
+    cuda_free(dev, ARLE_MEM_DEVICE, dev->gaps);
+    dev->gaps = NULL;
+}
+
 extern "C" int cuda_graph_begin(struct arle_device *dev, struct arle_stream *st, struct arle_err *err)
 {
     if (dev->dead.load())
@@ -244,12 +290,17 @@ extern "C" int cuda_graph_begin(struct arle_device *dev, struct arle_stream *st,
     if (cudaSetDevice(dev->ordinal) != cudaSuccess || loader_settle(dev) < 0)
         return cuda_dead(dev, err) < 0 ? -EIO : arle_err_set(err, -EIO, "GPU %d cannot be chosen", dev->ordinal);
     /* Thread-local: movers may allocate and copy on their own threads while a step is being captured. */
-    return answer(dev, cudaStreamBeginCapture(cs(st), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture", err);
+    int r = answer(dev, cudaStreamBeginCapture(cs(st), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture", err);
+    if (r == 0 && dev->gaps != NULL)
+        graph_starts<<<1, 1, 0, cs(st)>>>(dev->gaps);
+    return r;
 }
 
 extern "C" int cuda_graph_end(struct arle_device *dev, struct arle_stream *st, struct arle_graph **out, struct arle_err *err)
 {
     cudaGraph_t graph = NULL;
+    if (dev->gaps != NULL)
+        graph_ends<<<1, 1, 0, cs(st)>>>(dev->gaps);
     int r = answer(dev, cudaStreamEndCapture(cs(st), &graph), "cudaStreamEndCapture", err);
     if (r < 0)
         return r;

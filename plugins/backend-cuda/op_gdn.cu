@@ -128,7 +128,7 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
     if (b->n_tokens == 0)
         return 0;
     if (g->dtype != ARLE_BF16 || g->dk != (uint32_t)kDim || g->dv != (uint32_t)kDim || g->conv_width != 4 || g->n_k == 0
-        || g->n_v % g->n_k != 0 || (g->ld_proj | g->u_off | g->z_off | g->ld_out) % 8 != 0 || (uint64_t)b->n_seqs * g->n_k > 65536
+        || g->n_v % g->n_k != 0 || (g->ld_proj | g->u_off | g->z_off | g->ld_out) % 8 != 0 || (uint64_t)b->n_seqs * g->n_k > kTickets
         || g->n_saves > ARLE_MAX_SAVES)
         return -EINVAL;
     gdn_args a = {};
@@ -183,9 +183,12 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
     const uint32_t decode = dev->deterministic ? 0 : b->n_decode;      /* there one kernel makes every token */
     if (r == 0 && decode > 0) {
         bump(dev, COUNT_GDN_DECODE);
+        dev->tma_by_regs = true;        /* this kernel does: the product after it is to take shared memory */
         a.n_seqs = (int)decode;
+        /* With few rows this is faster without the next product's weights coming in beside it. */
+        CUDA_TRY(dev, share_sm((const void *)decode_kernel, decode > 16));
         int64_t items = (int64_t)a.n_seqs * a.n_v;
-        r = launch(dev, cs(st), decode_kernel, dim3((unsigned)(items < 2 * dev->n_sm ? items : 2 * dev->n_sm)), dim3(256), kStepSmem, a);
+        r = launch(dev, cs(st), decode_kernel, dim3((unsigned)(items < dev->n_sm ? items : dev->n_sm)), dim3(256), kStepSmem, a);
     }
     if (r == 0 && stepped > decode) {
         bump(dev, COUNT_GDN_STEP);

@@ -1,7 +1,7 @@
 /*
- * linear, norm_linear, gate_up. Up to 4 rows go through gemv, up to stream_rows (8) through gemm_stream, up to tma_rows (64) through
- * gemm_tma where the GPU has what it needs, more to cuBLASLt, and gate_up of many rows to gemm_wide. In deterministic mode
- * everything goes through gemm_stream, 64 rows at a time.
+ * linear, norm_linear, gate_up. Where the GPU has a copy engine that gemm_tma can use, 1 and 2 rows go through gemv, 3 to tma_rows (64)
+ * through gemm_tma; elsewhere up to 4 through gemv and up to stream_rows (8) through gemm_stream. More rows go to cuBLASLt, and gate_up
+ * of many rows to gemm_wide. In deterministic mode everything goes through gemm_stream, 64 rows at a time.
  */
 #include "gemm_tma.cuh"
 #include "gemm_wide.cuh"
@@ -232,11 +232,11 @@ extern "C" int cuda_norm_linear(struct arle_device *dev, struct arle_stream *st,
     v.norm_w = a->norm_w;
     v.eps = a->eps;
     v.w_offset = a->w_offset;
-    if (!dev->deterministic && gemv_fits(v) && aligned_rows(a->x, a->ld_x))
-        return gemv(dev, cs(st), v);
     int r;
     if (normed_tma(dev, cs(st), v, &r))
         return r;
+    if (!dev->deterministic && gemv_fits(v) && aligned_rows(a->x, a->ld_x))
+        return gemv(dev, cs(st), v);
     arle_rmsnorm_args n = {};
     n.dtype = a->dtype;
     n.n_tokens = a->n_tokens;
@@ -271,11 +271,11 @@ extern "C" int cuda_gate_up(struct arle_device *dev, struct arle_stream *st, con
     v.norm_w = a->norm_w;
     v.eps = a->eps;
     v.w_offset = a->w_offset;
-    if (!dev->deterministic && gemv_fits(v) && aligned_rows(x, ld_x))
-        return gemv(dev, cs(st), v);
     int r;
     if (normed_tma(dev, cs(st), v, &r))
         return r;
+    if (!dev->deterministic && gemv_fits(v) && aligned_rows(x, ld_x))
+        return gemv(dev, cs(st), v);
     if (a->norm_w != NULL) {
         arle_rmsnorm_args n = {};
         n.dtype = a->dtype;
