@@ -11,6 +11,7 @@
  *   gate     norm over the head and silu(z), in place
  * On compute capability 9.0 two other kernels, tile and walk, take the place of these four; see there.
  */
+#include "gdn_few.cuh"
 #include "gdn_step.cuh"
 #include "gdn_walk.cuh"
 #include <errno.h>
@@ -164,7 +165,12 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
         bump(dev, COUNT_GDN_DECODE);
         a.n_seqs = (int)decode;
         int64_t items = (int64_t)a.n_seqs * a.n_v;
-        r = launch(dev, cs(st), decode_kernel, dim3((unsigned)(items < 2 * dev->n_sm ? items : 2 * dev->n_sm)), dim3(256), kStepSmem, a);
+        if (items <= dev->n_sm) {
+            bump(dev, COUNT_GDN_FEW);
+            r = launch(dev, cs(st), decode_few_kernel, dim3((unsigned)items), dim3(256), 0, a);
+        } else {
+            r = launch(dev, cs(st), decode_kernel, dim3((unsigned)(items < 2 * dev->n_sm ? items : 2 * dev->n_sm)), dim3(256), kStepSmem, a);
+        }
     }
     if (r == 0 && stepped > decode) {
         bump(dev, COUNT_GDN_STEP);

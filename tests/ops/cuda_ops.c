@@ -74,7 +74,7 @@ static void run_cases(struct ops_backend *b, const char *mode)
 static void every_case_agrees_with_double_loops(void)
 {
     run_cases(&be, "plain");
-    static const char *const paths[] = { "gemm_stream", "gemm_lt", "attn_decode", "attn_prefill", "gdn_decode", "gdn_step",
+    static const char *const paths[] = { "gemm_stream", "gemm_lt", "attn_decode", "attn_prefill", "gdn_decode", "gdn_few", "gdn_step",
                                          "gdn_chunk", "moe", "moe_decode", "moe_fused", "sample" };
     for (unsigned i = 0; i < sizeof paths / sizeof *paths; i++)
         if (ops_counter(&be, paths[i]) == 0)
