@@ -981,6 +981,70 @@ static void run_experts(struct ops_backend *b, const struct ops_case *c, uint32_
     free(ids);
 }
 
+/* ---- norm_moe: p = tokens, experts, k, H, I, shared with its gate ---------------------------------------------------------------------- */
+
+static void run_norm_moe(struct ops_backend *b, const struct ops_case *c, uint32_t dtype, struct ops_result *out)
+{
+    int64_t t = c->p[0], e = c->p[1], k = c->p[2], h = c->p[3], width = c->p[4];
+    bool shared = c->p[5] != 0;
+    float *x = randoms(160, t * h, 1), *nw = randoms(161, h, 0.2f), *router = randoms(162, e * h, 1), *up = randoms(163, e * 2 * width * h, 0.2f);
+    float *down = randoms(164, e * h * width, 0.2f), *sup = randoms(165, 2 * width * h, 0.2f), *sdown = randoms(166, h * width, 0.2f), *sg = randoms(167, h, 0.5f);
+    size_t scratch = (size_t)(t * ((k + 1) * (3 * width + h) + h)) * 4 + 65536;
+    void *dx = ops_put_act(b, dtype, x, t * h, x), *normed = ops_alloc(b, (size_t)(t * h) * 4);
+    void *ids = ops_alloc(b, (size_t)(t * k) * 4), *weights = ops_alloc(b, (size_t)(t * k) * 4);
+    struct arle_norm_moe_args a = { .eps = 1e-6f, .w_offset = 1, .h = dx, .ld_h = h, .norm_w = ops_put(b, nw, (size_t)h * 4),
+        .route = { .dtype = dtype, .n_tokens = (uint32_t)t, .n_experts = (uint32_t)e, .k = (uint32_t)k, .score = ARLE_MOE_SOFTMAX, .route_scale = 1,
+                   .x = normed, .ld_x = h, .router = ops_weight(b, ARLE_W_LINEAR, dtype, router, e, h, 1), .ids = ids, .weights = weights,
+                   .scratch = ops_alloc(b, (size_t)(t * e) * 4) },
+        .experts = { .dtype = dtype, .n_tokens = (uint32_t)t, .n_experts = (uint32_t)e, .k = (uint32_t)k, .accumulate = 1, .x = normed, .ld_x = h,
+                     .ids = ids, .weights = weights, .gate_up = ops_weight(b, ARLE_W_EXPERTS_GATE_UP, ARLE_BF16, up, e * 2 * width, h, (uint32_t)e),
+                     .down = ops_weight(b, ARLE_W_EXPERTS, ARLE_BF16, down, e * h, width, (uint32_t)e),
+                     .shared_gate_up = shared ? ops_weight(b, ARLE_W_GATE_UP, ARLE_BF16, sup, 2 * width, h, 1) : NULL,
+                     .shared_down = shared ? ops_weight(b, ARLE_W_LINEAR, ARLE_BF16, sdown, h, width, 1) : NULL,
+                     .shared_gate = shared ? ops_put(b, sg, (size_t)h * 4) : NULL, .y = dx, .ld_y = h, .scratch = ops_alloc(b, scratch),
+                     .scratch_bytes = scratch } };
+    if (b->failed == 0)
+        OPS_CALL(b, norm_moe, &a);
+    double *want = malloc((size_t)(t * h) * sizeof *want), *l = malloc((size_t)e * sizeof *l), top = 0;
+    float *n = malloc((size_t)h * sizeof *n);
+    for (int64_t r = 0; r < t; r++) {
+        const float *xr = x + r * h;
+        double rho = 1 / sqrt(dotd(xr, xr, h) / (double)h + 1e-6), picked[8], sum = 0;
+        int64_t id[8];
+        for (int64_t i = 0; i < h; i++) {
+            n[i] = (float)round_to(dtype, xr[i] * rho * (1 + nw[i]));
+            want[r * h + i] = xr[i];
+        }
+        for (int64_t i = 0; i < e; i++)
+            l[i] = dotd(n, router + i * h, h);
+        for (int64_t i = 0; i < k; i++) {
+            id[i] = 0;
+            for (int64_t j = 1; j < e; j++)
+                if (l[j] > l[id[i]])
+                    id[i] = j;
+            top = i == 0 ? l[id[0]] : top;
+            picked[i] = exp(l[id[i]] - top);
+            sum += picked[i];
+            l[id[i]] = -INFINITY;
+        }
+        for (int64_t i = 0; i < k; i++)
+            expert_into(n, up + id[i] * 2 * width * h, down + id[i] * h * width, h, width, 0, 1, picked[i] / sum, want + r * h);
+        if (shared)
+            expert_into(n, sup, sdown, h, width, 0, 1, sigmoid(dotd(sg, n, h)), want + r * h);
+    }
+    part(out, "y", t * h, fetch(b, dtype, dx, t * h), want, 1e-5, 2e-2);
+    free(x);
+    free(nw);
+    free(router);
+    free(up);
+    free(down);
+    free(sup);
+    free(sdown);
+    free(sg);
+    free(l);
+    free(n);
+}
+
 /* ---- seq_shift: p = dim, 1: keeps records from the midst ------------------------------------------------------------------------------------------------- */
 
 static void run_shift(struct ops_backend *b, const struct ops_case *c, uint32_t dtype, struct ops_result *out)
@@ -1235,6 +1299,12 @@ const struct ops_case ops_cases[] = {
     { "moe_experts 900 tokens, 5 experts", run_experts, { 900, 5, 2, 136, 72, ARLE_BF16, 2, 25 } },
     { "moe_experts 264 tokens, 41 experts", run_experts, { 264, 41, 2, 264, 200, ARLE_BF16, 2 | 4 | 8 } },
     { "moe_experts weight first, aligned", run_experts, { 5, 4, 2, 40, 32, ARLE_BF16, 1 | 4, 20 } },
+    { "norm_moe 1 token", run_norm_moe, { 1, 16, 8, 512, 128, 1 } },
+    { "norm_moe 2 tokens, wide rows", run_norm_moe, { 2, 12, 4, 2328, 264, 1 } },
+    { "norm_moe 3 tokens", run_norm_moe, { 3, 18, 3, 264, 72, 1 } },
+    { "norm_moe 4 tokens, none shared", run_norm_moe, { 4, 64, 8, 136, 40, 0 } },
+    { "norm_moe 2 tokens, odd experts", run_norm_moe, { 2, 9, 2, 64, 24, 1 } },
+    { "norm_moe 9 tokens", run_norm_moe, { 9, 16, 3, 64, 32, 1 } },
     { "seq_shift", run_shift, { 40 } },
     { "seq_shift keeps records", run_shift, { 40, 1 } },
     { "sample", run_sample, { 1000, 1000 } },

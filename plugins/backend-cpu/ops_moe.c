@@ -215,3 +215,16 @@ int cpu_moe_experts(struct arle_device *dev, struct arle_stream *st, const struc
     run_parts(dev, a->n_tokens * (double)j.hidden * (a->k + 2) * 0.2, sum_part, &j);
     return 0;
 }
+
+int cpu_norm_moe(struct arle_device *dev, struct arle_stream *st, const struct arle_norm_moe_args *a)
+{
+    const struct arle_moe_route_args *r = &a->route;
+    if (a->experts.down == NULL || r->x != a->experts.x || r->ld_x != a->experts.ld_x || r->n_tokens != a->experts.n_tokens)
+        return -EINVAL;
+    struct arle_rmsnorm_args norm = { .dtype = r->dtype, .n_tokens = r->n_tokens, .dim = (uint32_t)a->experts.down->n, .eps = a->eps,
+                                      .w_offset = a->w_offset, .x = a->h, .ld_x = a->ld_h, .w = a->norm_w, .out = (void *)r->x, .ld_out = r->ld_x };
+    int e = cpu_rmsnorm(dev, st, &norm);
+    if (e == 0)
+        e = cpu_moe_route(dev, st, r);
+    return e < 0 ? e : cpu_moe_experts(dev, st, &a->experts);
+}

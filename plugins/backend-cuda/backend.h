@@ -76,6 +76,7 @@ int cuda_attn_paged(struct arle_device *dev, struct arle_stream *st, const struc
 int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const struct arle_gdn_args *a);
 int cuda_moe_route(struct arle_device *dev, struct arle_stream *st, const struct arle_moe_route_args *a);
 int cuda_moe_experts(struct arle_device *dev, struct arle_stream *st, const struct arle_moe_experts_args *a);
+int cuda_norm_moe(struct arle_device *dev, struct arle_stream *st, const struct arle_norm_moe_args *a);
 int cuda_seq_shift(struct arle_device *dev, struct arle_stream *st, const struct arle_seq_shift_args *a);
 int cuda_sample(struct arle_device *dev, struct arle_stream *st, const struct arle_sample_args *a);
 

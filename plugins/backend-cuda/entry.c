@@ -69,6 +69,7 @@ static const struct arle_ops ops = {
     .gdn = cuda_gdn,
     .moe_route = cuda_moe_route,
     .moe_experts = cuda_moe_experts,
+    .norm_moe = cuda_norm_moe,
     .seq_shift = cuda_seq_shift,
     .sample = cuda_sample,
 };

@@ -1,108 +1,13 @@
 /*
- * moe_route and moe_experts. The (token, expert) pairs are sorted by expert on the device; gate_up and down are then grouped
- * products of gemm_stream, which reads the weights of each expert in use once per tile of tokens, or of gemm_wide for many tokens;
- * the last kernel sums the experts of a token in routing order.
+ * moe_route, moe_experts and norm_moe. Up to four tokens: moe_decode.cuh. More: the (token, expert) pairs are sorted by expert on the
+ * device; gate_up and down are then grouped products of gemm_stream, which reads the weights of each expert in use once per tile of
+ * tokens, or of gemm_wide for many tokens; the last kernel sums the experts of a token in routing order.
  */
 #include "gemm_wide.cuh"
-#include "gemv.cuh"
+#include "moe_decode.cuh"
 #include <errno.h>
 
 namespace {
-
-const int kMaxExperts = 1024, kMaxPick = 32;
-
-struct route_args {
-    const float *logits;
-    int n_tokens, n_experts, k, score;
-    float route_scale;
-    const float *bias;
-    const int32_t *table, *token_ids, *sampled;
-    int32_t *ids;
-    float *weights;
-};
-
-__device__ __forceinline__ float score_of(float l, int kind, float max)
-{
-    if (kind == ARLE_MOE_SOFTMAX)
-        return expf(l - max);
-    return sqrtf(l > 20.f ? l : log1pf(expf(l)));
-}
-
-/* One warp per token; lane l holds experts l, l + 32, ..., KEYS of them. */
-template <int KEYS>
-__global__ void __launch_bounds__(128) route_kernel(route_args a)
-{
-    const int t = blockIdx.x * 4 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
-    pdl_launch();
-    pdl_wait();
-    if (t >= a.n_tokens)
-        return;
-    const float *l = a.logits + (int64_t)t * a.n_experts;
-    float key[KEYS], max = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < KEYS; i++) {
-        int e = lane + i * 32;
-        key[i] = e < a.n_experts ? l[e] : -INFINITY;
-        max = fmaxf(max, key[i]);
-    }
-    max = warp_max(max);
-    if (a.score == ARLE_MOE_SOFTMAX) {
-        float sum = 0.f;
-#pragma unroll
-        for (int i = 0; i < KEYS; i++)
-            sum += lane + i * 32 < a.n_experts ? expf(key[i] - max) : 0.f;
-        max += logf(warp_sum(sum));         /* so that score_of gives probabilities: a bias is added to those */
-    }
-#pragma unroll
-    for (int i = 0; i < KEYS; i++) {
-        int e = lane + i * 32;
-        if (e < a.n_experts)
-            key[i] = score_of(key[i], a.score, max) + (a.bias != NULL ? a.bias[e] : 0.f);
-    }
-    float picked = 0.f, total = 0.f;
-    int mine = 0;
-    for (int j = 0; j < a.k; j++) {
-        int e;
-        if (a.table != NULL) {
-            e = a.table[(int64_t)token_id(a.token_ids, a.sampled, t) * a.k + j];
-        } else {
-            float best = -INFINITY;
-            int at = kMaxExperts;
-#pragma unroll
-            for (int i = 0; i < KEYS; i++)
-                if (key[i] > best) {
-                    best = key[i];
-                    at = lane + i * 32;
-                }
-#pragma unroll
-            for (int o = 16; o > 0; o >>= 1) {
-                float b = __shfl_xor_sync(0xffffffffu, best, o);
-                int x = __shfl_xor_sync(0xffffffffu, at, o);
-                if (b > best || (b == best && x < at)) {
-                    best = b;
-                    at = x;
-                }
-            }
-            e = at;
-            if (e >= a.n_experts)
-                e = 0;          /* only when logits are not numbers: padding rows */
-#pragma unroll
-            for (int i = 0; i < KEYS; i++)
-                if (lane + i * 32 == e)
-                    key[i] = -INFINITY;
-        }
-        float s = score_of(l[e], a.score, max);
-        total += s;
-        if (lane == j) {
-            picked = s;
-            mine = e;
-        }
-    }
-    if (lane < a.k) {
-        a.ids[(int64_t)t * a.k + lane] = mine;
-        a.weights[(int64_t)t * a.k + lane] = picked / total * a.route_scale;
-    }
-}
 
 struct sort_args {
     const int32_t *ids;
@@ -327,174 +232,49 @@ int run_shared(arle_device *dev, arle_stream *st, const arle_moe_experts_args *a
     return cuda_linear(dev, st, &l);
 }
 
-/*
- * Few tokens: one product per (token, expert) pair straight from the routing, without sorting. As gemv, but a tile takes its weights
- * from the pair's expert; the shared expert is one more pair per token. Tiles of 16 rows, units of 512 columns, 64 to a warp.
- */
-struct pair_args {
-    const bf16 *w, *w_shared;
-    const int32_t *ids;
-    int n_pairs, n_rows;        /* routed pairs; with those of the shared expert */
-    int per_token;              /* routed pairs that share one row of x; 0: every pair has its own row */
-    int n, k, x_rows;
-    const bf16 *x; int64_t ld_x;
-    void *y;                    /* [n_rows][n_out]: bf16 of silu products, or f32 */
-    int n_out, silu;
-    float limit;
-    const float *scale;         /* [n_pairs] or NULL */
-};
-
-template <int STAGES>
-__global__ void __launch_bounds__(256, 2) pairs_kernel(const pair_args a)
+size_t decode_scratch(const arle_moe_experts_args *a)
 {
-    extern __shared__ __align__(128) unsigned char gemv_mem[];
-    __shared__ float sums[2][8][16];
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-    const int per = (a.n + 15) / 16, n_tiles = per * a.n_rows, ku = (a.k + kGemvUnit - 1) / kGemvUnit;
-    const int tile0 = (int)((int64_t)n_tiles * blockIdx.x / gridDim.x), tile1 = (int)((int64_t)n_tiles * (blockIdx.x + 1) / gridDim.x);
-    const int nu = (tile1 - tile0) * ku, ld = a.k + 8;
-    bf16 *xs = (bf16 *)(gemv_mem + STAGES * kGemvStage);
-    const uint32_t ring = smem_u32(gemv_mem) + warp * 2048;
-    pdl_launch();
-    pdl_wait();
-
-    int l_tile = tile0, l_unit = 0;
-    auto load = [&](int stage) {
-        const int r0 = lane >> 3, ch = lane & 7, kk = l_unit * kGemvUnit + warp * 64 + ch * 8, pair = l_tile / per;
-        const bf16 *w = pair < a.n_pairs ? a.w + (int64_t)a.ids[pair] * a.n * a.k : a.w_shared;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            int r = r0 + j * 4, n = l_tile % per * 16 + r;
-            bool ok = n < a.n && kk < a.k;
-            cp16(ring + stage * kGemvStage + r * 128 + ((ch ^ (r & 7)) << 4), ok ? w + (int64_t)n * a.k + kk : w, ok);
-        }
-        if (++l_unit == ku) {
-            l_unit = 0;
-            l_tile++;
-        }
-    };
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) {
-        if (s < nu)
-            load(s);
-        cp_commit();
-    }
-    for (int i = tid; i < a.x_rows * (a.k / 8); i += 256) {
-        int r = i / (a.k / 8), c = i % (a.k / 8) * 8;
-        *(uint4 *)(xs + r * ld + c) = *(const uint4 *)(a.x + r * a.ld_x + c);
-    }
-    __syncthreads();
-
-    float acc[4] = {};
-    const int g = lane >> 2, tq = lane & 3;
-    int tile = tile0, unit = 0;
-    for (int i = 0; i < nu; i++) {
-        cp_wait<STAGES - 2>();
-        __syncwarp();
-        if (i + STAGES - 1 < nu)
-            load((i + STAGES - 1) % STAGES);
-        cp_commit();
-        const uint32_t ws = ring + i % STAGES * kGemvStage;
-        const int k0 = unit * kGemvUnit + warp * 64 + 2 * tq, pair = tile / per;
-        const bf16 *x = xs + (a.per_token == 0 ? pair : pair < a.n_pairs ? pair / a.per_token : pair - a.n_pairs) * ld;
-#pragma unroll
-        for (int kk = 0; kk < 4; kk++) {
-            uint32_t af[4], b0 = 0, b1 = 0;
-            int r = lane & 15, c = kk * 2 + (lane >> 4);
-            ldsm4(af, ws + r * 128 + ((c ^ (r & 7)) << 4));
-            if (g == 0 && k0 + kk * 16 < a.k) {
-                b0 = *(const uint32_t *)(x + k0 + kk * 16);
-                b1 = k0 + kk * 16 + 8 < a.k ? *(const uint32_t *)(x + k0 + kk * 16 + 8) : 0;
-            }
-            mma16816(acc, af, b0, b1);
-        }
-        if (++unit < ku)
-            continue;
-        unit = 0;
-        float (*out)[16] = sums[tile & 1];
-        if (tq == 0) {
-            out[warp][g] = acc[0];
-            out[warp][g + 8] = acc[2];
-        }
-        acc[0] = acc[1] = acc[2] = acc[3] = 0.f;
-        __syncthreads();
-        if (tid < 32) {
-            const int row = tid & 15;
-            float v = 0.f;
-#pragma unroll
-            for (int w = 0; w < 8; w++)
-                v += out[w][row];
-            float up = __shfl_down_sync(0xffffffffu, v, 8);
-            if (a.silu) {
-                int o = tile % per * 8 + tid;
-                if (tid < 8 && o < a.n_out) {
-                    float f = silu_limited(v, up, a.limit);
-                    if (a.scale != NULL && pair < a.n_pairs)
-                        f *= a.scale[pair];
-                    ((bf16 *)a.y)[(int64_t)pair * a.n_out + o] = __float2bfloat16_rn(f);
-                }
-            } else if (tid < 16 && tile % per * 16 + row < a.n) {
-                ((float *)a.y)[(int64_t)pair * a.n_out + tile % per * 16 + row] = v;
-            }
-        }
-        tile++;
-    }
-    cp_wait<0>();
+    return 256 + (size_t)a->n_tokens * (a->k + 1) * a->gate_up->n_real * 2;
 }
 
-int launch_pairs(arle_device *dev, cudaStream_t st, const pair_args &a)
-{
-    int tiles = (a.n + 15) / 16 * a.n_rows, most = 2 * dev->n_sm;
-    dim3 grid((unsigned)(tiles < most ? tiles : most));
-    if (gemv_bytes(5, a.x_rows, a.k) <= 112 * 1024)
-        return launch(dev, st, pairs_kernel<5>, grid, dim3(256), gemv_bytes(5, a.x_rows, a.k), a);
-    return launch(dev, st, pairs_kernel<3>, grid, dim3(256), gemv_bytes(3, a.x_rows, a.k), a);
-}
-
-/* Whether the pair form takes this call: few tokens, and a shared expert of the routed experts' shape or none. */
-bool pairs_fit(const arle_device *dev, const arle_moe_experts_args *a)
+/* Whether moe_decode.cuh takes this call: few tokens, and a shared expert of the routed experts' shape or none. */
+bool decode_fits(const arle_device *dev, const arle_moe_experts_args *a)
 {
     const arle_weight *u = a->gate_up, *d = a->down, *su = a->shared_gate_up, *sd = a->shared_down;
-    int rows = (int)(a->n_tokens * (a->k + (sd != NULL)));
-    return !dev->deterministic && a->n_tokens <= (uint32_t)kGemvRows && gemv_bytes(3, (int)a->n_tokens, (int)u->k) <= 112 * 1024
-        && gemv_bytes(3, rows, (int)d->k) <= 112 * 1024
+    return !dev->deterministic && a->n_tokens <= (uint32_t)kMoeTokens && a->k < (uint32_t)kMaxPick && u->k % 8 == 0 && d->k % kPickWarps == 0 && u->k == d->n
+        && decode_scratch(a) <= a->scratch_bytes && a->n_tokens * (size_t)u->k * 2 <= 96 * 1024 && (a->k + 1) * (size_t)d->k * 2 <= 48 * 1024
         && (sd == NULL || (su->n == u->n && su->n_real == u->n_real && su->k == u->k && sd->n == d->n && sd->k == d->k));
 }
 
-int run_pairs(arle_device *dev, cudaStream_t st, const arle_moe_experts_args *a, bf16 *f, float *e)
+moe_args decode_args(const arle_moe_experts_args *a)
 {
-    pair_args p = {};
-    p.w = a->gate_up->data;
-    p.w_shared = a->shared_gate_up != NULL ? a->shared_gate_up->data : NULL;
-    p.ids = a->ids;
-    p.n_pairs = (int)(a->n_tokens * a->k);
-    p.n_rows = p.n_pairs + (a->shared_down != NULL ? (int)a->n_tokens : 0);
-    p.per_token = (int)a->k;
-    p.n = (int)a->gate_up->n;
-    p.k = (int)a->gate_up->k;
-    p.x_rows = (int)a->n_tokens;
-    p.x = (const bf16 *)a->x;
-    p.ld_x = a->ld_x;
-    p.y = f;
-    p.n_out = (int)a->gate_up->n_real;
-    p.silu = 1;
-    p.limit = a->limit;
-    p.scale = a->weight_first ? a->weights : NULL;
-    int r = launch_pairs(dev, st, p);
-    if (r < 0)
-        return r;
-    pair_args d = {};
-    d.w = a->down->data;
-    d.w_shared = a->shared_down != NULL ? a->shared_down->data : NULL;
-    d.ids = a->ids;
-    d.n_pairs = p.n_pairs;
-    d.n_rows = d.x_rows = p.n_rows;
-    d.n = d.n_out = (int)a->down->n;
-    d.k = (int)a->down->k;
-    d.x = f;
-    d.ld_x = p.n_out;
-    d.y = e;
-    return launch_pairs(dev, st, d);
+    moe_args m = {};
+    m.n_tokens = (int)a->n_tokens;
+    m.h = (int)a->gate_up->k;
+    m.width = (int)a->gate_up->n_real;
+    m.up_rows = (int)a->gate_up->n;
+    m.n_pairs = (int)(a->n_tokens * a->k);
+    m.per_token = (int)a->k;
+    m.has_shared = a->shared_down != NULL;
+    m.weight_first = a->weight_first != 0;
+    m.accumulate = a->accumulate != 0;
+    m.limit = a->limit;
+    m.x = (const bf16 *)a->x;
+    m.ld_x = a->ld_x;
+    m.up = a->gate_up->data;
+    m.down = a->down->data;
+    if (m.has_shared) {
+        m.shared_up = a->shared_gate_up->data;
+        m.shared_down = a->shared_down->data;
+        m.shared_gate = a->shared_gate;
+    }
+    m.gates = (float *)a->scratch;
+    m.f = (bf16 *)a->scratch + 128;
+    m.y = (bf16 *)a->y;
+    m.ld_y = a->ld_y;
+    m.route.ids = const_cast<int32_t *>(a->ids);
+    m.route.weights = const_cast<float *>(a->weights);
+    return m;
 }
 
 /* Tokens per tile: about twice the mean load of an expert, so that most experts need one tile. */
@@ -579,6 +359,26 @@ int run_routed(arle_device *dev, cudaStream_t st, const arle_moe_experts_args *a
     return r < 0 ? r : gemm_stream<true>(dev, st, down, f32 ? GEMM_F32 : GEMM_BF16, tokens);
 }
 
+route_args routing(const arle_moe_route_args *a)
+{
+    return { a->scratch, (int)a->n_tokens, (int)a->n_experts, (int)a->k, (int)a->score, a->route_scale, a->bias, a->table, a->token_ids, a->sampled,
+             a->ids, a->weights };
+}
+
+bool route_valid(const arle_moe_route_args *a)
+{
+    return a->dtype == ARLE_BF16 && a->n_experts <= (uint32_t)kMaxExperts && a->k <= (uint32_t)kMaxPick && a->k <= a->n_experts && a->k > 0
+        && a->scratch != NULL;
+}
+
+bool experts_valid(const arle_moe_experts_args *a)
+{
+    const arle_weight *u = a->gate_up, *d = a->down;
+    return a->dtype == ARLE_BF16 && u != NULL && d != NULL && u->role == ARLE_W_EXPERTS_GATE_UP && d->role == ARLE_W_EXPERTS
+        && u->n_experts == a->n_experts && d->n_experts == a->n_experts && a->n_experts <= (uint32_t)kMaxExperts && d->k == u->n_real
+        && d->n % 8 == 0 && a->ld_x % 8 == 0 && a->ld_y % 8 == 0 && (a->shared_gate_up == NULL) == (a->shared_down == NULL) && a->scratch != NULL;
+}
+
 } // namespace
 
 extern "C" int cuda_moe_route(struct arle_device *dev, struct arle_stream *st, const struct arle_moe_route_args *a)
@@ -586,8 +386,7 @@ extern "C" int cuda_moe_route(struct arle_device *dev, struct arle_stream *st, c
     OP_ENTER(dev, st);
     if (a->n_tokens == 0)
         return 0;
-    if (a->dtype != ARLE_BF16 || a->n_experts > (uint32_t)kMaxExperts || a->k > (uint32_t)kMaxPick || a->k > a->n_experts
-        || a->k == 0 || a->scratch == NULL)
+    if (!route_valid(a))
         return -EINVAL;
     arle_linear_args l = {};
     l.dtype = a->dtype;
@@ -601,8 +400,7 @@ extern "C" int cuda_moe_route(struct arle_device *dev, struct arle_stream *st, c
     int r = cuda_linear(dev, st, &l);
     if (r < 0)
         return r;
-    route_args p = { a->scratch, (int)a->n_tokens, (int)a->n_experts, (int)a->k, (int)a->score, a->route_scale, a->bias, a->table,
-                     a->token_ids, a->sampled, a->ids, a->weights };
+    const route_args p = routing(a);
     const dim3 grid((unsigned)ceil_div(a->n_tokens, 4));
     if (a->n_experts <= 256)
         return launch(dev, cs(st), route_kernel<8>, grid, dim3(128), 0, p);
@@ -614,41 +412,73 @@ extern "C" int cuda_moe_experts(struct arle_device *dev, struct arle_stream *st,
     OP_ENTER(dev, st);
     if (a->n_tokens == 0)
         return 0;
-    const arle_weight *u = a->gate_up, *d = a->down;
-    if (a->dtype != ARLE_BF16 || u == NULL || d == NULL || u->role != ARLE_W_EXPERTS_GATE_UP || d->role != ARLE_W_EXPERTS
-        || u->n_experts != a->n_experts || d->n_experts != a->n_experts || a->n_experts > (uint32_t)kMaxExperts || d->k != u->n_real
-        || d->n % 8 != 0 || a->ld_x % 8 != 0 || a->ld_y % 8 != 0 || (a->shared_gate_up == NULL) != (a->shared_down == NULL))
-        return -EINVAL;
-    /* Many tokens: expert outputs are rounded to bf16 before the sum, which halves the largest traffic of the op. */
-    const bool f32 = dev->deterministic || a->n_tokens <= 256;
-    moe_scratch s = cut((char *)a->scratch, a, f32);
-    if (a->scratch == NULL || s.bytes > a->scratch_bytes)
+    if (!experts_valid(a))
         return -EINVAL;
     bump(dev, COUNT_MOE);
-    int r;
-    const bool pairs = pairs_fit(dev, a);
-    if (pairs) {
-        /* Rows of the shared expert follow those of the routed pairs; cut() has room for them where it keeps both apart. */
-        size_t rows = (size_t)a->n_tokens * (a->k + 1);
-        bf16 *f = (bf16 *)a->scratch;
-        float *e = (float *)((char *)a->scratch + ((rows * u->n_real * 2 + 255) & ~(size_t)255));
-        if ((size_t)((char *)(e + rows * d->n) - (char *)a->scratch) > a->scratch_bytes)
-            return -EINVAL;
-        r = run_pairs(dev, cs(st), a, f, e);
-        s.e = e;
-        s.ys = e + (size_t)a->n_tokens * a->k * d->n;
-        if (a->shared_down == NULL)
-            s.ys = NULL;
-    } else {
-        r = run_routed(dev, cs(st), a, &s, f32);
+    if (decode_fits(dev, a)) {
+        const moe_args m = decode_args(a);
+        bump(dev, COUNT_MOE_DECODE);
+        int r = launch_up(dev, cs(st), m, false);
+        return r < 0 ? r : launch_sum_down(dev, cs(st), m);
     }
-    if (r == 0 && !pairs && a->shared_down != NULL)
+    /* Many tokens: expert outputs are rounded to bf16 before the sum, which halves the largest traffic of the op. */
+    const bool f32 = dev->deterministic || a->n_tokens <= 256;
+    const moe_scratch s = cut((char *)a->scratch, a, f32);
+    if (s.bytes > a->scratch_bytes)
+        return -EINVAL;
+    int r = run_routed(dev, cs(st), a, &s, f32);
+    if (r == 0 && a->shared_down != NULL)
         r = run_shared(dev, st, a, &s, f32);
     if (r < 0)
         return r;
-    sum_args m = { s.e, s.ys, a->weights, a->shared_gate, (const bf16 *)a->x, a->ld_x, (bf16 *)a->y, a->ld_y, (int)a->k, (int)d->n,
+    sum_args m = { s.e, s.ys, a->weights, a->shared_gate, (const bf16 *)a->x, a->ld_x, (bf16 *)a->y, a->ld_y, (int)a->k, (int)a->down->n,
                    (int)a->weight_first, (int)a->accumulate };
     if (f32)
         return launch(dev, cs(st), sum_kernel<true>, dim3(a->n_tokens), dim3(256), 0, m);
     return launch(dev, cs(st), sum_kernel<false>, dim3(a->n_tokens), dim3(256), 0, m);
+}
+
+extern "C" int cuda_norm_moe(struct arle_device *dev, struct arle_stream *st, const struct arle_norm_moe_args *a)
+{
+    OP_ENTER(dev, st);
+    const arle_moe_route_args *ro = &a->route;
+    const arle_moe_experts_args *ex = &a->experts;
+    if (ex->n_tokens == 0)
+        return 0;
+    if (!route_valid(ro) || !experts_valid(ex) || ro->n_tokens != ex->n_tokens || ro->n_experts != ex->n_experts || ro->k != ex->k
+        || ro->x != ex->x || ro->ld_x != ex->ld_x || a->ld_h % 8 != 0)
+        return -EINVAL;
+    if (decode_fits(dev, ex) && ex->n_experts <= 256 && ex->n_experts % 2 == 0) {
+        moe_args m = decode_args(ex);
+        m.route = routing(ro);
+        m.h_rows = (const bf16 *)a->h;
+        m.ld_h = a->ld_h;
+        m.norm_w = a->norm_w;
+        m.eps = a->eps;
+        m.w_offset = a->w_offset;
+        m.router = ro->router->data;
+        m.logits = ro->scratch;
+        m.x_out = (bf16 *)ro->x;
+        bump(dev, COUNT_MOE);
+        bump(dev, COUNT_MOE_FUSED);
+        int r = launch_route_up(dev, cs(st), m);
+        if (r == 0)
+            r = launch_up(dev, cs(st), m, true);
+        return r < 0 ? r : launch_sum_down(dev, cs(st), m);
+    }
+    arle_rmsnorm_args n = {};
+    n.dtype = ex->dtype;
+    n.n_tokens = ex->n_tokens;
+    n.dim = (uint32_t)ex->down->n;
+    n.eps = a->eps;
+    n.w_offset = a->w_offset;
+    n.x = a->h;
+    n.ld_x = a->ld_h;
+    n.w = a->norm_w;
+    n.out = const_cast<void *>(ex->x);
+    n.ld_out = ex->ld_x;
+    int r = launch_rmsnorm(dev, cs(st), &n);
+    if (r == 0)
+        r = cuda_moe_route(dev, st, ro);
+    return r < 0 ? r : cuda_moe_experts(dev, st, ex);
 }

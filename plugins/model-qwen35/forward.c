@@ -39,6 +39,7 @@ DEFINE_RUN(attn_paged)
 DEFINE_RUN(gdn)
 DEFINE_RUN(moe_route)
 DEFINE_RUN(moe_experts)
+DEFINE_RUN(norm_moe)
 DEFINE_RUN(seq_shift)
 DEFINE_RUN(sample)
 
@@ -155,15 +156,20 @@ static int mixture(struct run *rn, const struct qwen35_mlp *l)
 {
     struct arle_model *m = rn->m;
     const struct qwen35_config *c = &m->cfg;
+    const struct arle_moe_route_args route = {
+        COMMON, .n_experts = c->n_experts, .k = c->top_k, .score = ARLE_MOE_SOFTMAX, .route_scale = 1, .x = at(rn, m->at.x), .ld_x = c->hidden,
+        .router = l->router, .ids = at(rn, m->at.route_ids), .weights = at(rn, m->at.route_weights), .scratch = at(rn, m->at.route_scores) };
+    const struct arle_moe_experts_args experts = {
+        COMMON, .n_experts = c->n_experts, .k = c->top_k, .accumulate = 1, .x = route.x, .ld_x = c->hidden, .ids = route.ids,
+        .weights = route.weights, .gate_up = l->experts_gate_up, .down = l->experts_down, .shared_gate_up = l->gate_up, .shared_down = l->down,
+        .shared_gate = data(rn, l->shared_gate), .y = at(rn, m->at.h), .ld_y = c->hidden, .scratch = at(rn, m->at.work),
+        .scratch_bytes = m->at.work_bytes };
+    if (m->coarse_moe)
+        return OP(norm_moe, .eps = c->eps, .w_offset = 1, .h = at(rn, m->at.h), .ld_h = c->hidden, .norm_w = data(rn, l->norm), .route = route,
+                  .experts = experts);
     TRY(norm(rn, l->norm, at(rn, m->at.h), at(rn, m->at.x), c->hidden));
-    TRY(OP(moe_route, COMMON, .n_experts = c->n_experts, .k = c->top_k, .score = ARLE_MOE_SOFTMAX, .route_scale = 1,
-           .x = at(rn, m->at.x), .ld_x = c->hidden, .router = l->router, .ids = at(rn, m->at.route_ids),
-           .weights = at(rn, m->at.route_weights), .scratch = at(rn, m->at.route_scores)));
-    return OP(moe_experts, COMMON, .n_experts = c->n_experts, .k = c->top_k, .accumulate = 1, .x = at(rn, m->at.x),
-              .ld_x = c->hidden, .ids = at(rn, m->at.route_ids), .weights = at(rn, m->at.route_weights),
-              .gate_up = l->experts_gate_up, .down = l->experts_down, .shared_gate_up = l->gate_up, .shared_down = l->down,
-              .shared_gate = data(rn, l->shared_gate), .y = at(rn, m->at.h), .ld_y = c->hidden,
-              .scratch = at(rn, m->at.work), .scratch_bytes = m->at.work_bytes);
+    TRY(run_moe_route(rn, &route));
+    return run_moe_experts(rn, &experts);
 }
 
 static int mlp(struct run *rn, const struct qwen35_mlp *l)

@@ -275,6 +275,7 @@ int qwen35_load(void *ctx, const struct arle_model_load *args, struct arle_model
     m->dev = args->device;
     m->coarse_norm = ARLE_HAS(args->backend->ops, struct arle_ops, norm_linear);
     m->coarse_gate_up = ARLE_HAS(args->backend->ops, struct arle_ops, gate_up);
+    m->coarse_moe = ARLE_HAS(args->backend->ops, struct arle_ops, norm_moe);
 
     int r = prepare(args, m, &t, err);
     if (r < 0)

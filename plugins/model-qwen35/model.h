@@ -53,7 +53,7 @@ struct arle_model {
     const struct arle_backend_api *backend;
     struct arle_device *dev;
 
-    bool has_drafter, coarse_norm, coarse_gate_up;
+    bool has_drafter, coarse_norm, coarse_gate_up, coarse_moe;
     struct qwen35_layer *layer;             /* [n_layers] */
     struct arle_weight *embed, *head, *norm;        /* head == embed when tied */
     struct arle_weight *inv_freq;

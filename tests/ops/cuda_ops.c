@@ -75,7 +75,7 @@ static void every_case_agrees_with_double_loops(void)
 {
     run_cases(&be, "plain");
     static const char *const paths[] = { "gemm_stream", "gemm_lt", "attn_decode", "attn_prefill", "gdn_decode", "gdn_step",
-                                         "gdn_chunk", "gdn_save", "moe", "sample" };
+                                         "gdn_chunk", "gdn_save", "moe", "moe_decode", "moe_fused", "sample" };
     for (unsigned i = 0; i < sizeof paths / sizeof *paths; i++)
         if (ops_counter(&be, paths[i]) == 0)
             TAP_FAIL("path %s was never taken", paths[i]);

@@ -26,7 +26,8 @@ extern "C" {
 #define ARLE_OPS_V1(X) \
     X(embed) X(rmsnorm) X(linear) X(norm_linear) X(silu_mul) X(gate_up) X(attn_prepare) X(attn_paged) \
     X(gdn) X(moe_route) X(moe_experts) X(seq_shift) X(sample) \
-    X(hc_expand) X(hc_pre) X(hc_post) X(hc_head) X(head_rope) X(window_store) X(compress) X(index_select) X(attn_latent)
+    X(hc_expand) X(hc_pre) X(hc_post) X(hc_head) X(head_rope) X(window_store) X(compress) X(index_select) X(attn_latent) \
+    X(norm_moe)
 
 /*
  * The batch of one step as ops see it. Sequences are numbered 0..n_seqs-1; the first n_decode of them have exactly one
@@ -234,6 +235,16 @@ struct arle_moe_experts_args {
     const float *shared_gate;               /* [H] f32 or NULL */
     void *y; int64_t ld_y;
     void *scratch; size_t scratch_bytes;    /* n_tokens * ((k + 1) * (3 I + H) + H) * 4 + 64 KiB bytes suffice, I = max expert width */
+};
+
+/* moe_experts(moe_route(rmsnorm(h))): the coarse form of the three. route.x and experts.x are the same [n_tokens, H] act, and like all
+ * scratch, ids and weights of undefined contents afterwards; experts.y may be h. */
+struct arle_norm_moe_args {
+    float eps, w_offset;
+    const void *h; int64_t ld_h;            /* [n_tokens, H] act */
+    const float *norm_w;                    /* [H] f32 */
+    struct arle_moe_route_args route;
+    struct arle_moe_experts_args experts;
 };
 
 /* out[t] = x[t-1] for tokens of one sequence; the first token of a sequence takes the record's row, and the record becomes
