@@ -24,7 +24,7 @@ __device__ __forceinline__ void load_kv16(const attn_args &a, const int32_t *tab
     }
 }
 
-const int kDecStages = 3, kDecTok = 16, kDecStage = kDecTok * kRow * 2, kDecLeast = 2;
+const int kDecStages = 3, kDecTok = 16, kDecStage = kDecTok * kRow * 2, kDecLeast = 1;
 
 /* What a row attends: nb blocks of 16 positions from lo on, up to end - 1. A row that attends nothing has one block all the same. */
 struct row_span { int lo, end, nb; };
