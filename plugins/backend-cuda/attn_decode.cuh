@@ -24,7 +24,7 @@ __device__ __forceinline__ void load_kv16(const attn_args &a, const int32_t *tab
     }
 }
 
-const int kDecStages = 3, kDecTok = 16, kDecStage = kDecTok * kRow * 2, kDecLeast = 2;
+const int kDecStages = 3, kDecTok = 16, kDecStage = kDecTok * kRow * 2, kDecLeast = 1;
 
 __device__ __forceinline__ int row_token(const attn_args &a, int row) { return a.seq_of != NULL ? a.seq0 + row : a.cu[a.seq0 + row]; }
 

@@ -60,6 +60,22 @@ static __device__ __forceinline__ float silu_limited(float g, float u, float lim
     return siluf(g) * u;
 }
 
+/* What gemm_put adds to, for those who can ask early. */
+static __device__ __forceinline__ float gemm_was(const gemm_args &a, int64_t t, int n)
+{
+    const int64_t i = t * a.ld_y + n;
+    return a.out == GEMM_BF16_ADD ? __bfloat162float(((const bf16 *)a.y)[i]) : a.out == GEMM_F32_ADD ? ((const float *)a.y)[i] : 0.f;
+}
+
+static __device__ __forceinline__ void gemm_put(const gemm_args &a, int64_t t, int n, float v, float was)
+{
+    const int64_t i = t * a.ld_y + n;
+    if (a.out == GEMM_BF16 || a.out == GEMM_BF16_ADD)
+        ((bf16 *)a.y)[i] = __float2bfloat16_rn(v + was);
+    else
+        ((float *)a.y)[i] = v + was;
+}
+
 static __device__ __forceinline__ void gemm_put(const gemm_args &a, int64_t t, int n, float v)
 {
     int64_t i = t * a.ld_y + n;

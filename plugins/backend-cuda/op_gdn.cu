@@ -11,6 +11,7 @@
  *   gate     norm over the head and silu(z), in place
  * On compute capability 9.0 two other kernels, tile and walk, take the place of these four; see there.
  */
+#include "gdn_few.cuh"
 #include "gdn_step.cuh"
 #include "gdn_walk.cuh"
 #include <errno.h>
@@ -181,7 +182,11 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
         r = launch(dev, cs(st), keep_taps_kernel, dim3((unsigned)ceil_div(a.n_conv, 256), 3, g->n_saves), dim3(256), 0, a);
     }
     const uint32_t decode = dev->deterministic ? 0 : b->n_decode;      /* there one kernel makes every token */
-    if (r == 0 && decode > 0) {
+    if (r == 0 && decode > 0 && tiles && a.ratio <= kFewRatio && decode * a.n_v * kFewParts <= (unsigned)dev->n_sm) {
+        bump(dev, COUNT_GDN_FEW);
+        a.n_seqs = (int)decode;
+        r = launch_clusters(dev, cs(st), kFewParts * a.ratio, few_kernel, dim3(decode * a.n_v * kFewParts), dim3(256), 0, a);
+    } else if (r == 0 && decode > 0) {
         bump(dev, COUNT_GDN_DECODE);
         dev->tma_by_regs = true;        /* this kernel does: the product after it is to take shared memory */
         a.n_seqs = (int)decode;

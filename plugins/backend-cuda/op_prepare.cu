@@ -27,14 +27,14 @@ __device__ __forceinline__ void load_head(const bf16 *src, int dim, float *x, in
     __syncwarp();
 }
 
-__device__ void norm_head(float *x, int dim, const float *w, float w_offset, float eps, int lane)
+__device__ void norm_head(float *x, int dim, const float *w, float eps, int lane)
 {
     float s = 0.f;
     for (int i = lane; i < dim; i += 32)
         s += x[i] * x[i];
     float rho = rsqrtf(warp_sum(s) / (float)dim + eps);
     for (int i = lane; i < dim; i += 32)
-        x[i] = round_bf(x[i] * rho * (w_offset + w[i]));
+        x[i] = round_bf(x[i] * rho * w[i]);
     __syncwarp();
 }
 
@@ -110,37 +110,40 @@ __device__ void store_quantised(char *entry, int vec, int n_vec, float *x, int d
         ((float *)(entry + (size_t)n_vec * dim))[vec] = s;
 }
 
-/* One block per token, one warp per head in turn. */
+/* A warp per head, blocks (token, part of the heads). All that does not come from the kernel before this one is at hand when that ends. */
 __global__ void __launch_bounds__(kWarps * 32) prepare_kernel(prepare_args a)
 {
-    __shared__ float xs[kWarps][kMaxHead];
+    __shared__ float xs[kWarps][kMaxHead], norm[2][kMaxHead];
     __shared__ float2 cs[kMaxHead / 2];
     const int t = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     pdl_launch();
-    pdl_wait();
-    const int pos = a.pos[t] + a.pos_shift;
-    if (pos < 0)
-        return;
+    const int pos = a.pos[t] + a.pos_shift, at = max(pos, 0);
+    const int page = a.table[(int64_t)a.seq_of[t] * a.table_stride + at / a.page_tokens];
     for (int j = threadIdx.x; j < a.rot_dim / 2; j += blockDim.x) {
         float s, c;
         sincosf((float)pos * a.inv_freq[j], &s, &c);
         cs[j] = make_float2(c, s);
     }
+    for (int i = threadIdx.x; i < a.head_dim; i += blockDim.x) {
+        norm[0][i] = a.q_norm != NULL ? a.w_offset + a.q_norm[i] : 1.f;
+        norm[1][i] = a.k_norm != NULL ? a.w_offset + a.k_norm[i] : 1.f;
+    }
     __syncthreads();
-    const int32_t *table = a.table + (int64_t)a.seq_of[t] * a.table_stride;
-    char *entry = a.kv + (size_t)table[pos / a.page_tokens] * a.page_stride + a.kv_offset + (size_t)(pos % a.page_tokens) * a.entry_stride;
+    pdl_wait();
+    if (pos < 0)
+        return;
+    char *entry = a.kv + (size_t)page * a.page_stride + a.kv_offset + (size_t)(at % a.page_tokens) * a.entry_stride;
     const bf16 *row = a.qkv + (int64_t)t * a.ld_qkv;
     float *x = xs[warp];
-    for (int h = warp; h < a.n_q + 2 * a.n_kv; h += kWarps) {
+    for (int h = blockIdx.y * kWarps + warp; h < a.n_q + 2 * a.n_kv; h += gridDim.y * kWarps) {
         bool is_q = h < a.n_q, is_k = !is_q && h < a.n_q + a.n_kv;
         int vec = h - a.n_q;
         const bf16 *src = is_q ? row + a.q_off + h * a.q_head_stride
                                : is_k ? row + a.k_off + (int64_t)vec * a.head_dim
                                       : row + a.v_off + (int64_t)(vec - a.n_kv) * a.head_dim;
         load_head(src, a.head_dim, x, lane);
-        const float *w = is_q ? a.q_norm : is_k ? a.k_norm : NULL;
-        if (w != NULL)
-            norm_head(x, a.head_dim, w, a.w_offset, a.eps, lane);
+        if (is_q ? a.q_norm != NULL : is_k && a.k_norm != NULL)
+            norm_head(x, a.head_dim, norm[is_k], a.eps, lane);
         if (is_q || is_k)
             rotate_head(x, a, cs, lane);
         if (is_q) {
@@ -160,7 +163,7 @@ __global__ void __launch_bounds__(kWarps * 32) prepare_kernel(prepare_args a)
 
 /* ---- prefill of the usual shape: heads of 256, rotation of the first 64, bf16 cache ------------------------------------------------- */
 
-const int kManyNew = 32;        /* new tokens of a sequence from which on a warp takes a whole token: fewer are too few warps */
+const int kFewTokens = 8, kManyNew = 32;        /* new tokens of a sequence from which on a warp takes a whole token: fewer are too few warps */
 
 /* Lane l holds elements 8 l .. 8 l + 7 of each head, half of whose rotated pairs are four lanes away. cs: of angle (8 l + e) % 32. */
 __device__ __forceinline__ uint4 prepared_head(uint4 raw, const float (&w)[8], bool norm, float eps, const float2 (&cs)[8], float rope_scale,
@@ -242,11 +245,49 @@ __global__ void __launch_bounds__(128) prepare_many_kernel(prepare_args a, int n
     }
 }
 
-bool many_fits(const arle_attn_prepare_args *a)
+/*
+ * Few tokens: one warp for each head of each token. Between two layers the weights drive a kernel's code out of the caches, and every
+ * line of it would then be waited for in turn: the code runs once for nothing, on whatever is there, before the kernel before this one has
+ * ended.
+ */
+__global__ void __launch_bounds__(32) prepare_few_kernel(prepare_args a)
+{
+    const int t = blockIdx.y, h = blockIdx.x, lane = threadIdx.x;
+    pdl_launch();
+    const int pos = a.pos[t] + a.pos_shift, at = max(pos, 0);
+    const bool is_q = h < a.n_q, is_k = !is_q && h < a.n_q + a.n_kv;
+    const float *norm = is_q ? a.q_norm : is_k ? a.k_norm : NULL;
+    const bf16 *from = a.qkv + (int64_t)t * a.ld_qkv + lane * 8
+        + (is_q ? a.q_off + h * a.q_head_stride : (is_k ? a.k_off : a.v_off) + (h - a.n_q - (is_k ? 0 : a.n_kv)) * 256);
+    const int page = a.table[(int64_t)a.seq_of[t] * a.table_stride + at / a.page_tokens];
+    char *entry = a.kv + (size_t)page * a.page_stride + a.kv_offset + (size_t)(at % a.page_tokens) * a.entry_stride;
+    bf16 *to = is_q ? a.q_out + ((int64_t)t * a.n_q + h) * 256 : (bf16 *)entry + (h - a.n_q) * 256;
+    float2 angle, cs[8];
+    sincosf((float)pos * a.inv_freq[lane], &angle.y, &angle.x);
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        cs[e].x = __shfl_sync(0xffffffffu, angle.x, (lane & 3) * 8 + e);
+        cs[e].y = __shfl_sync(0xffffffffu, angle.y, (lane & 3) * 8 + e);
+    }
+    float w[8];
+    norm_weights(norm, a.w_offset, lane, w);
+#pragma unroll 1
+    for (int turn = 0; turn < 2; turn++) {
+        if (turn == 1)
+            pdl_wait();
+        uint4 raw;
+        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(from) : "memory");
+        const uint4 x = is_q || is_k ? prepared_head(raw, w, norm != NULL, a.eps, cs, a.rope_scale, lane) : raw;
+        if (turn == 1 && pos >= 0)
+            *(uint4 *)(to + lane * 8) = x;
+    }
+}
+
+bool usual_shape(const arle_attn_prepare_args *a)
 {
     const int64_t pieces = a->ld_qkv | a->q_off | a->q_head_stride | a->k_off | a->v_off;
     const uintptr_t bytes = (uintptr_t)a->qkv | (uintptr_t)a->q_out | (uintptr_t)a->kv.base | a->kv.page_stride | a->kv.offset | a->kv.entry_stride;
-    return a->batch->max_new >= (uint32_t)kManyNew && a->head_dim == 256 && a->rot_dim == 64 && a->rot_off == 0 && !a->interleaved
+    return a->head_dim == 256 && a->rot_dim == 64 && a->rot_off == 0 && !a->interleaved
         && a->kv.dtype == ARLE_BF16 && pieces % 8 == 0 && bytes % 16 == 0;
 }
 
@@ -294,7 +335,11 @@ extern "C" int cuda_attn_prepare(struct arle_device *dev, struct arle_stream *st
     p.entry_stride = a->kv.entry_stride;
     p.kv_dtype = kd;
     p.q_out = (bf16 *)a->q_out;
-    if (!dev->deterministic && many_fits(a))        /* its sums run in another order */
+    const bool usual = !dev->deterministic && usual_shape(a);      /* its sums run in another order */
+    if (usual && b->n_tokens <= (uint32_t)kFewTokens)
+        return launch(dev, cs(st), prepare_few_kernel, dim3(p.n_q + 2 * p.n_kv, b->n_tokens), dim3(32), 0, p);
+    if (usual && b->max_new >= (uint32_t)kManyNew)
         return launch(dev, cs(st), prepare_many_kernel, dim3((unsigned)ceil_div(b->n_tokens, 4)), dim3(128), 0, p, (int)b->n_tokens);
-    return launch(dev, cs(st), prepare_kernel, dim3(b->n_tokens), dim3(kWarps * 32), 0, p);
+    const int parts = b->n_tokens <= (uint32_t)dev->n_sm ? (int)ceil_div(p.n_q + 2 * p.n_kv, kWarps) : 1;
+    return launch(dev, cs(st), prepare_kernel, dim3(b->n_tokens, parts), dim3(kWarps * 32), 0, p);
 }

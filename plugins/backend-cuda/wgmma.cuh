@@ -156,6 +156,14 @@ static __device__ __forceinline__ void mbar_wait(uint32_t bar, uint32_t parity)
     asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}\n"
                  ::"r"(bar), "r"(parity) : "memory");
 }
+/* Whether it has ended. */
+static __device__ __forceinline__ bool mbar_over(uint32_t bar, uint32_t parity)
+{
+    uint32_t over;
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+                 : "=r"(over) : "r"(bar), "r"(parity) : "memory");
+    return over != 0;
+}
 
 /* For barriers of other blocks (bar from of_rank). The plain arrival says that memory may be written again; with the second form
  * and the wait below, what this thread wrote there is seen, but it waits for all of this thread's writes to the whole GPU. */

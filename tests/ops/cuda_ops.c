@@ -84,7 +84,7 @@ static void every_case_agrees_with_double_loops(void)
     REQUIRE(be.api->device_info(be.ctx, 0, &info, &err) == 0);
     if (strstr(info.name, "H100") == NULL && strstr(info.name, "H200") == NULL)
         return;
-    static const char *const hopper[] = { "gemm_tma", "gemm_wide", "gemm_experts" };
+    static const char *const hopper[] = { "gemv", "gemv_row", "gemm_tma", "gemm_wide", "gemm_experts", "gdn_few" };
     for (unsigned i = 0; i < sizeof hopper / sizeof *hopper; i++)
         if (ops_counter(&be, hopper[i]) == 0)
             TAP_FAIL("path %s was never taken", hopper[i]);
