@@ -59,7 +59,8 @@ static int run_bench(const struct args *args)
     int status = cmd_config(args, false, &b.cfg);
     if (status != 0)
         return status;
-    log_set_level(ARLE_LOG_WARN);
+    if (!config_is_set(b.cfg, "log", "level"))
+        log_set_level(ARLE_LOG_WARN);       /* results stand alone unless more is asked for */
     status = kinds[kind].run(&b);
     if (b.reg != NULL)
         registry_close(b.reg);
