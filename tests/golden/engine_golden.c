@@ -374,7 +374,7 @@ static void other_tiers(void)
     REQUIRE(engine_open(&e, &c, backend->ops, backend->ctx, 0, model->ops, model->ctx, &err) == 0);
     ask(e, g->ids, n, RESUME_NEW, NULL, &want);
     EXPECT_EQ(want.cached, 0);
-    for (int i = 0; i < 40; i++) {
+    for (int i = 0; i < 12; i++) {
         char salt[16];
         snprintf(salt, sizeof salt, "flood %d", i);
         ask(e, g->ids, n, 1, salt, &got);
