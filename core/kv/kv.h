@@ -90,9 +90,9 @@ struct kv_saves { uint32_t n, pos[KV_MAX_SAVES]; };
 /**
  * Where a chunk that starts at `from` and could run to `want` must stop: at the prompt's end, or at the largest multiple of
  * snapshot_align <= want. Snapshot positions on the way go to *saves, for the step to keep the states there, as long as there are
- * fewer than `room` and they lie multiples of snapshot_align from `from`; at the next one the chunk stops. The result is `from` when want reaches none of these: leave the sequence
- * out of this step (so that chunk borders are absolute and warm equals cold). A step must be able to give snapshot_align tokens
- * to one sequence. Positions past the prompt are not cut. saves may be NULL where room is 0.
+ * fewer than `room` and they lie multiples of snapshot_align from `from`; at the next one the chunk stops. The result is `from`
+ * when want reaches none of these: leave the sequence out of this step (so that chunk borders are absolute and warm equals
+ * cold). A step must be able to give snapshot_align tokens to one sequence. Positions past the prompt are not cut. saves may be NULL where room is 0.
  */
 uint32_t kv_seq_cut(const struct kv_seq *seq, uint32_t from, uint32_t want, uint32_t room, struct kv_saves *saves);
 

@@ -605,12 +605,6 @@ static void run_attention(struct ops_backend *b, const struct ops_case *c, uint3
 
 /* ---- gated delta net: p = n_k, n_v, dk, dv, kind of batch, extreme gates, 1: keeps states from the midst ------------------- */
 
-/* A backend that can keep states from the midst of a step is asked to. */
-static bool can_save(const struct ops_backend *b)
-{
-    return b->api->struct_size >= offsetof(struct arle_backend_api, saves) + sizeof b->api->saves && b->api->saves;
-}
-
 struct gdn_run {
     int64_t n_k, n_v, dk, dv, n_conv, ld;
     uint32_t dtype;
@@ -789,7 +783,7 @@ static void run_gdn(struct ops_backend *b, const struct ops_case *c, uint32_t dt
 {
     struct gdn_run r;
     gdn_setup(b, c, dtype, &r);
-    if (c->p[6] && can_save(b)) {       /* slots that no sequence has */
+    if (c->p[6] && arle_backend_saves(b->api)) {       /* slots that no sequence has */
         r.n_saves = 3;
         memcpy(r.saves, (const struct arle_save[]) { { 1, 64, 4 }, { 1, 192, 5 }, { 2, 320, 6 } }, 3 * sizeof *r.saves);
     }
@@ -1052,7 +1046,7 @@ static void run_shift(struct ops_backend *b, const struct ops_case *c, uint32_t 
     int64_t dim = c->p[0], n = 0;
     struct layout l = { .n_seqs = 3, .ctx = { 4, 0, 9 }, .fresh = { 1, c->p[1] ? 130 : 3, 2 }, .page_tokens = 16 };
     const struct arle_save saves[] = { { 1, 64, 4 }, { 1, 128, 5 } };
-    const uint32_t n_saves = c->p[1] && can_save(b) ? 2 : 0;
+    const uint32_t n_saves = c->p[1] && arle_backend_saves(b->api) ? 2 : 0;
     int from[MAX_SEQS] = { 0 };
     lay_pages(&l);
     for (int i = 0; i < l.n_seqs; i++)

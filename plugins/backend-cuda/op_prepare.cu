@@ -200,6 +200,18 @@ __device__ __forceinline__ void norm_weights(const float *w, float w_offset, int
         out[e] = w != NULL ? w_offset + w[lane * 8 + e] : 1.f;
 }
 
+/* Cosine and sine of a position for the pairs that a lane of prepared_head holds; a lane works out one of the 32. */
+__device__ __forceinline__ void rotation(const prepare_args &a, int pos, int lane, float2 (&cs)[8])
+{
+    float2 angle;
+    sincosf((float)pos * a.inv_freq[lane], &angle.y, &angle.x);
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        cs[e].x = __shfl_sync(0xffffffffu, angle.x, (lane & 3) * 8 + e);
+        cs[e].y = __shfl_sync(0xffffffffu, angle.y, (lane & 3) * 8 + e);
+    }
+}
+
 /* One warp per token; four heads are on their way at a time. */
 __global__ void __launch_bounds__(128) prepare_many_kernel(prepare_args a, int n_tokens)
 {
@@ -211,13 +223,8 @@ __global__ void __launch_bounds__(128) prepare_many_kernel(prepare_args a, int n
     const int pos = a.pos[t] + a.pos_shift;
     if (pos < 0)
         return;
-    float2 angle, cs[8];
-    sincosf((float)pos * a.inv_freq[lane], &angle.y, &angle.x);
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-        cs[e].x = __shfl_sync(0xffffffffu, angle.x, (lane & 3) * 8 + e);
-        cs[e].y = __shfl_sync(0xffffffffu, angle.y, (lane & 3) * 8 + e);
-    }
+    float2 cs[8];
+    rotation(a, pos, lane, cs);
     const int32_t *table = a.table + (int64_t)a.seq_of[t] * a.table_stride;
     char *entry = a.kv + (size_t)table[pos / a.page_tokens] * a.page_stride + a.kv_offset + (size_t)(pos % a.page_tokens) * a.entry_stride;
     const bf16 *row = a.qkv + (int64_t)t * a.ld_qkv + lane * 8;
@@ -262,13 +269,8 @@ __global__ void __launch_bounds__(32) prepare_few_kernel(prepare_args a)
     const int page = a.table[(int64_t)a.seq_of[t] * a.table_stride + at / a.page_tokens];
     char *entry = a.kv + (size_t)page * a.page_stride + a.kv_offset + (size_t)(at % a.page_tokens) * a.entry_stride;
     bf16 *to = is_q ? a.q_out + ((int64_t)t * a.n_q + h) * 256 : (bf16 *)entry + (h - a.n_q) * 256;
-    float2 angle, cs[8];
-    sincosf((float)pos * a.inv_freq[lane], &angle.y, &angle.x);
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
-        cs[e].x = __shfl_sync(0xffffffffu, angle.x, (lane & 3) * 8 + e);
-        cs[e].y = __shfl_sync(0xffffffffu, angle.y, (lane & 3) * 8 + e);
-    }
+    float2 cs[8];
+    rotation(a, pos, lane, cs);
     float w[8];
     norm_weights(norm, a.w_offset, lane, w);
 #pragma unroll 1

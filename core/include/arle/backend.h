@@ -134,6 +134,12 @@ struct arle_backend_api {
     uint32_t saves;             /* 1: the state ops gdn and seq_shift heed their `saves`, see <arle/ops.h> */
 };
 
+/** Whether the state ops of a backend can keep states from the midst of a step; one of an older minor version cannot. */
+static inline int arle_backend_saves(const struct arle_backend_api *be)
+{
+    return be->struct_size >= offsetof(struct arle_backend_api, saves) + sizeof be->saves && be->saves != 0;
+}
+
 #ifdef __cplusplus
 }
 #endif
