@@ -100,6 +100,10 @@ static int converse(struct engine *e, const struct plan *p, struct session *all,
         for (uint32_t i = 0; i < next; i++) {
             if (all[i].rq == NULL || !end_turn(p, &all[i], sum))
                 continue;
+            if (!all[i].begun) {
+                fprintf(stderr, "arle bench: session %u got no answer; the reason is logged above\n", i);
+                return EXIT_FAILED;
+            }
             if (all[i].turn < p->turns) {
                 if (!start_turn(e, p, &all[i], i))
                     return EXIT_FAILED;

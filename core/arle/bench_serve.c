@@ -104,7 +104,7 @@ static bool one_request(struct load *l, uint32_t index)
     ok = ok && tokens == l->output && memmem(sbuf_text(&in), in.n, "[DONE]", 6) != NULL;
     if (!ok && atomic_load(&l->failed) == 0)
         fprintf(stderr, "arle bench: request %u brought %u of %u tokens: %.200s\n", index, tokens, l->output, sbuf_text(&in));
-    l->ttft_us[index] = (double)(first - start);
+    l->ttft_us[index] = tokens > 0 ? (double)(first - start) : 0;
     l->gap_us[index] = tokens > 1 ? (double)(last - first) / (tokens - 1) : 0;
     atomic_fetch_add(&l->tokens, tokens);
     sbuf_fini(&rq);
@@ -142,6 +142,12 @@ static int measure(struct bench *b, struct load *l, uint32_t concurrency, struct
     for (uint32_t i = 0; i < n; i++)
         pthread_join(thread[i], NULL);
     double wall = (double)(clock_mono_us() - t0);
+    uint32_t answered = 0;          /* the others have no times */
+    for (uint32_t i = 0; i < l->requests; i++)
+        if (l->ttft_us[i] > 0) {
+            l->ttft_us[answered] = l->ttft_us[i];
+            l->gap_us[answered++] = l->gap_us[i];
+        }
     json_object *o = bench_line(b, "serve");
     bench_add(o, "concurrency", n);
     bench_add(o, "input_tokens", l->input);
@@ -150,9 +156,13 @@ static int measure(struct bench *b, struct load *l, uint32_t concurrency, struct
     bench_add(o, "failed", atomic_load(&l->failed));
     bench_add(o, "wall_s", wall / 1e6);
     bench_add(o, "output_tokens_s", (double)atomic_load(&l->tokens) / wall * 1e6);
-    bench_add(o, "total_tokens_s", ((double)atomic_load(&l->tokens) + (double)l->input * l->requests) / wall * 1e6);
-    bench_add(o, "token_gap_median_us", bench_times(json_object_new_object(), l->gap_us, l->requests));
-    bench_times(o, l->ttft_us, l->requests);        /* median_us and p99_us: time to first token */
+    bench_add(o, "total_tokens_s", ((double)atomic_load(&l->tokens) + (double)l->input * answered) / wall * 1e6);
+    if (answered > 0) {
+        json_object *gaps = json_object_new_object();
+        bench_add(o, "token_gap_median_us", bench_times(gaps, l->gap_us, answered));
+        json_object_put(gaps);
+        bench_times(o, l->ttft_us, answered);       /* median_us and p99_us: time to first token */
+    }
     if (e != NULL) {
         engine_stat(e, &now);
         bench_add(o, "steps", (double)(now.steps - was.steps));

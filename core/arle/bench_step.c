@@ -34,7 +34,16 @@ static void release(struct request **rq, uint32_t n)
         request_unref(rq[i]);
 }
 
-/* Turns the engine until every request has its first token. False when the device died. */
+/* One step. False when there is none to make: the device died, or the requests ended with an error, which the log has. */
+static bool turn(struct engine *e)
+{
+    if (engine_turn(e) > 0)
+        return true;
+    fprintf(stderr, "arle bench: the engine stopped before the measurement ended; the reason is logged above\n");
+    return false;
+}
+
+/* Turns the engine until every request has its first token. */
 static bool run_to_decode(struct engine *e, uint32_t batch)
 {
     struct engine_stats st;
@@ -42,7 +51,7 @@ static bool run_to_decode(struct engine *e, uint32_t batch)
     do {
         engine_stat(e, &st);
         last = st.completion_tokens;
-        if (engine_turn(e) < 0)
+        if (!turn(e))
             return false;
         engine_stat(e, &st);
     } while (st.completion_tokens - last < batch);
@@ -63,12 +72,12 @@ static int step_case(struct bench *b, struct engine *e, uint32_t batch, uint32_t
     }
     ok = ok && run_to_decode(e, batch);
     for (long long i = 0; ok && i < b->warmups; i++)
-        ok = engine_turn(e) >= 0;
+        ok = turn(e);
     struct engine_stats was, st;
     engine_stat(e, &was);
     for (long long i = 0; ok && i < b->runs; i++) {
         int64_t t0 = clock_mono_us();
-        ok = engine_turn(e) >= 0;
+        ok = turn(e);
         us[i] = (double)(clock_mono_us() - t0);
     }
     engine_stat(e, &st);
@@ -130,17 +139,18 @@ static int prefill_once(struct engine *e, const int32_t *prompt, uint32_t n, dou
     struct token_event ev;
     int64_t t0 = clock_mono_us();
     struct request *rq = bench_submit(e, prompt, n, 1, NULL, 0);
-    int r = rq == NULL ? -EINVAL : 0, got = 0;
-    while (r >= 0 && got != 1) {
-        r = engine_turn(e);
-        while (rq != NULL && got != 1 && (got = request_next(rq, &ev)) == 1 && ev.kind != EV_TOKEN)
+    bool ok = rq != NULL;
+    int got = 0;
+    while (ok && got != 1) {
+        ok = turn(e);
+        while (ok && got != 1 && (got = request_next(rq, &ev)) == 1 && ev.kind != EV_TOKEN)
             got = 0;
     }
     *us = (double)(clock_mono_us() - t0);
     request_unref(rq);
     while (engine_turn(e) > 0)
         ;
-    return r < 0 ? EXIT_FAILED : 0;
+    return ok ? 0 : EXIT_FAILED;
 }
 
 static int prefill_case(struct bench *b, struct engine *e, uint32_t n)

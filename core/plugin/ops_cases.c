@@ -698,10 +698,14 @@ static void gdn_step(struct ops_backend *b, struct gdn_run *r, const int *from, 
         .eps = 1e-6f, .batch = &ba, .proj = ops_put_act(b, r->dtype, x, n * r->ld, NULL), .ld_proj = r->ld, .u_off = 0, .z_off = r->n_conv,
         .a_off = r->n_conv + width, .b_off = r->n_conv + width + r->n_v, .conv_w = r->d_conv_w, .A_log = r->d_A, .dt_bias = r->d_dt,
         .norm_w = r->d_norm, .conv_state = r->conv, .s_state = r->s, .out = dout, .ld_out = width, .scratch = ops_alloc(b, scratch),
-        .scratch_bytes = scratch, .saves = r->saves, .n_saves = r->n_saves,
+        .scratch_bytes = scratch,
     };
     free(x);
-    OPS_CALL(b, gdn, &a);
+    const struct arle_gdn_keep_args keep = { a, r->saves, r->n_saves };
+    if (r->n_saves > 0)
+        OPS_CALL(b, gdn_keep, &keep);
+    else
+        OPS_CALL(b, gdn, &a);
     float *o = fetch(b, r->dtype, dout, n * width);
     at = base = 0;
     for (int i = 0; i < r->l.n_seqs; base += r->l.fresh[i++])
@@ -783,7 +787,7 @@ static void run_gdn(struct ops_backend *b, const struct ops_case *c, uint32_t dt
 {
     struct gdn_run r;
     gdn_setup(b, c, dtype, &r);
-    if (c->p[6] && arle_backend_saves(b->api)) {       /* slots that no sequence has */
+    if (c->p[6]) {       /* slots that no sequence has */
         r.n_saves = 3;
         memcpy(r.saves, (const struct arle_save[]) { { 1, 64, 4 }, { 1, 192, 5 }, { 2, 320, 6 } }, 3 * sizeof *r.saves);
     }
@@ -1046,7 +1050,7 @@ static void run_shift(struct ops_backend *b, const struct ops_case *c, uint32_t 
     int64_t dim = c->p[0], n = 0;
     struct layout l = { .n_seqs = 3, .ctx = { 4, 0, 9 }, .fresh = { 1, c->p[1] ? 130 : 3, 2 }, .page_tokens = 16 };
     const struct arle_save saves[] = { { 1, 64, 4 }, { 1, 128, 5 } };
-    const uint32_t n_saves = c->p[1] && arle_backend_saves(b->api) ? 2 : 0;
+    const uint32_t n_saves = c->p[1] ? 2 : 0;
     int from[MAX_SEQS] = { 0 };
     lay_pages(&l);
     for (int i = 0; i < l.n_seqs; i++)
@@ -1056,9 +1060,12 @@ static void run_shift(struct ops_backend *b, const struct ops_case *c, uint32_t 
     struct arle_batch ba = batch_of(b, &l, from, l.fresh);
     void *y = ops_alloc(b, (size_t)(n * dim) * asize(dtype));
     struct arle_seq_shift_args a = { .dtype = dtype, .dim = (uint32_t)dim, .batch = &ba, .x = dx, .ld_x = dim,
-                                     .record = { drec, (size_t)dim * asize(dtype), 0 }, .out = y, .ld_out = dim,
-                                     .saves = saves, .n_saves = n_saves };
-    OPS_CALL(b, seq_shift, &a);
+                                     .record = { drec, (size_t)dim * asize(dtype), 0 }, .out = y, .ld_out = dim };
+    const struct arle_seq_shift_keep_args keep = { a, saves, n_saves };
+    if (n_saves > 0)
+        OPS_CALL(b, seq_shift_keep, &keep);
+    else
+        OPS_CALL(b, seq_shift, &a);
     double *want = malloc((size_t)(n * dim) * sizeof *want), *want_rec = malloc((size_t)((MAX_SEQS + 1) * dim) * sizeof *want_rec);
     for (int64_t i = 0; i < (MAX_SEQS + 1) * dim; i++)
         want_rec[i] = rec[i];

@@ -90,7 +90,8 @@ void ops_get_act(struct ops_backend *b, uint32_t dtype, const void *dev, int64_t
 /** Packs a matrix [n, k] of the given checkpoint dtype; x is replaced by the values that the dtype holds. */
 struct arle_weight *ops_weight(struct ops_backend *b, uint32_t role, uint32_t w_dtype, float *x, int64_t n, int64_t k, uint32_t n_experts);
 void ops_release(struct ops_backend *b);        /* frees buffers and weights of the running case */
-#define OPS_CALL(b, op, args) ops_check((b), (b)->api->ops->op != NULL ? (b)->api->ops->op((b)->dev, (b)->st, (args)) : -ENOTSUP, #op)
+#define OPS_CALL(b, op, args) \
+    ops_check((b), ARLE_HAS((b)->api->ops, struct arle_ops, op) ? (b)->api->ops->op((b)->dev, (b)->st, (args)) : -ENOTSUP, #op)
 void ops_check(struct ops_backend *b, int r, const char *what);
 
 #endif

@@ -279,7 +279,7 @@ void mm_run(struct arle_device *dev, const struct mm *m);
     X(embed) X(rmsnorm) X(linear) X(norm_linear) X(silu_mul) X(gate_up) X(attn_prepare) X(attn_paged) \
     X(gdn) X(moe_route) X(moe_experts) X(seq_shift) X(sample) \
     X(hc_expand) X(hc_pre) X(hc_post) X(hc_head) X(head_rope) X(window_store) X(compress) X(index_select) X(attn_latent) \
-    X(norm_moe)
+    X(norm_moe) X(gdn_keep) X(seq_shift_keep)
 #define CPU_OP_(name) int cpu_##name(struct arle_device *dev, struct arle_stream *st, const struct arle_##name##_args *a);
 CPU_OPS(CPU_OP_)
 

@@ -203,5 +203,5 @@ const struct arle_backend_api cpu_api = {
     .ops = &cpu_ops,
     .weight_create = cpu_weight_create, .weight_destroy = cpu_weight_destroy, .weight_data = cpu_weight_data,
     .weight_bytes = cpu_weight_bytes, .weight_predict = cpu_weight_predict,
-    .dead = cpu_dead, .counters = cpu_counters, .ceiling = cpu_ceiling, .saves = 1,
+    .dead = cpu_dead, .counters = cpu_counters, .ceiling = cpu_ceiling,
 };

@@ -15,6 +15,8 @@
 struct gdn_job {
     struct arle_device *dev;
     const struct arle_gdn_args *a;
+    const struct arle_save *saves;
+    uint32_t n_saves;
     int64_t n_conv;
     float *y;                   /* [n_tokens][n_conv]: convolved q, k, v; q and k normalised */
     float *gates;               /* [n_tokens][n_v][4]: e^g, beta, k . q */
@@ -138,15 +140,15 @@ static void recur_part(void *arg, unsigned part, unsigned n_parts)
             memcpy(copy + d * CPU_GDN_COLS, home + d * sl.ld_s, sl.cols * sizeof *copy);
         sl.s = copy;
         sl.ld_s = CPU_GDN_COLS;
-        for (uint32_t k = 0; k < a->n_saves; k++)
-            if (a->saves[k].seq == s)
-                recur_until(j, &sl, (unsigned)((int64_t)b->cu[s + 1] - t0) - a->saves[k].n_tokens, s_slice(a, a->saves[k].slot, h, c));
+        for (uint32_t k = 0; k < j->n_saves; k++)
+            if (j->saves[k].seq == s)
+                recur_until(j, &sl, (unsigned)((int64_t)b->cu[s + 1] - t0) - j->saves[k].n_tokens, s_slice(a, j->saves[k].slot, h, c));
         recur_until(j, &sl, 0, home);
     }
     for (int64_t s = part; s < b->n_seqs; s += n_parts)         /* nobody reads the conv state in this pass */
         save_conv(j, s);
-    for (uint32_t k = part; k < a->n_saves; k += n_parts)
-        conv_rows(j, b->cu[a->saves[k].seq] + (int64_t)a->saves[k].n_tokens, 3, state_at(&a->conv_state, (int32_t)a->saves[k].slot));
+    for (uint32_t k = part; k < j->n_saves; k += n_parts)
+        conv_rows(j, b->cu[j->saves[k].seq] + (int64_t)j->saves[k].n_tokens, 3, state_at(&a->conv_state, (int32_t)j->saves[k].slot));
 }
 
 static void norm_part(void *arg, unsigned part, unsigned n_parts)
@@ -160,12 +162,12 @@ static void norm_part(void *arg, unsigned part, unsigned n_parts)
                                   act_at_w(a->out, a->dtype, t, a->ld_out, c), a->dtype);
 }
 
-int cpu_gdn(struct arle_device *dev, struct arle_stream *st, const struct arle_gdn_args *a)
+static int delta_net(struct arle_device *dev, const struct arle_gdn_args *a, const struct arle_save *saves, uint32_t n_saves)
 {
     const struct arle_batch *b = a->batch;
-    struct gdn_job j = { .dev = dev, .a = a };
+    struct gdn_job j = { .dev = dev, .a = a, .saves = saves, .n_saves = n_saves };
     if ((a->dtype != ARLE_F32 && a->dtype != ARLE_BF16) || a->conv_width != 4 || a->n_k == 0 || a->n_v % a->n_k != 0 || a->dk == 0
-        || a->dv == 0 || a->n_saves > ARLE_MAX_SAVES)
+        || a->dv == 0 || n_saves > ARLE_MAX_SAVES)
         return -EINVAL;
     if (b->n_tokens == 0)
         return 0;
@@ -183,13 +185,25 @@ int cpu_gdn(struct arle_device *dev, struct arle_stream *st, const struct arle_g
     return 0;
 }
 
+int cpu_gdn(struct arle_device *dev, struct arle_stream *st, const struct arle_gdn_args *a)
+{
+    (void)st;
+    return delta_net(dev, a, NULL, 0);
+}
+
+int cpu_gdn_keep(struct arle_device *dev, struct arle_stream *st, const struct arle_gdn_keep_args *a)
+{
+    (void)st;
+    return delta_net(dev, &a->gdn, a->saves, a->n_saves);
+}
+
 /* ---- seq_shift ------------------------------------------------------------------------------------------------------ */
 
-int cpu_seq_shift(struct arle_device *dev, struct arle_stream *st, const struct arle_seq_shift_args *a)
+static int shift(struct arle_device *dev, const struct arle_seq_shift_args *a, const struct arle_save *saves, uint32_t n_saves)
 {
     const struct arle_batch *b = a->batch;
     size_t row = a->dim * act_size(a->dtype);
-    if ((a->dtype != ARLE_F32 && a->dtype != ARLE_BF16) || a->n_saves > ARLE_MAX_SAVES)
+    if ((a->dtype != ARLE_F32 && a->dtype != ARLE_BF16) || n_saves > ARLE_MAX_SAVES)
         return -EINVAL;
     count(dev, N_seq_shift, 1);
     for (int64_t s = 0; s < b->n_seqs; s++) {
@@ -201,8 +215,20 @@ int cpu_seq_shift(struct arle_device *dev, struct arle_stream *st, const struct 
                    t == b->cu[s] ? record : act_at(a->x, a->dtype, t - 1, a->ld_x, 0), row);
         memcpy(record, act_at(a->x, a->dtype, b->cu[s + 1] - 1, a->ld_x, 0), row);
     }
-    for (uint32_t k = 0; k < a->n_saves; k++)
-        memcpy(state_at(&a->record, (int32_t)a->saves[k].slot),
-               act_at(a->x, a->dtype, b->cu[a->saves[k].seq] + (int64_t)a->saves[k].n_tokens - 1, a->ld_x, 0), row);
+    for (uint32_t k = 0; k < n_saves; k++)
+        memcpy(state_at(&a->record, (int32_t)saves[k].slot),
+               act_at(a->x, a->dtype, b->cu[saves[k].seq] + (int64_t)saves[k].n_tokens - 1, a->ld_x, 0), row);
     return 0;
+}
+
+int cpu_seq_shift(struct arle_device *dev, struct arle_stream *st, const struct arle_seq_shift_args *a)
+{
+    (void)st;
+    return shift(dev, a, NULL, 0);
+}
+
+int cpu_seq_shift_keep(struct arle_device *dev, struct arle_stream *st, const struct arle_seq_shift_keep_args *a)
+{
+    (void)st;
+    return shift(dev, &a->shift, a->saves, a->n_saves);
 }

@@ -74,10 +74,12 @@ int cuda_gate_up(struct arle_device *dev, struct arle_stream *st, const struct a
 int cuda_attn_prepare(struct arle_device *dev, struct arle_stream *st, const struct arle_attn_prepare_args *a);
 int cuda_attn_paged(struct arle_device *dev, struct arle_stream *st, const struct arle_attn_paged_args *a);
 int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const struct arle_gdn_args *a);
+int cuda_gdn_keep(struct arle_device *dev, struct arle_stream *st, const struct arle_gdn_keep_args *a);
 int cuda_moe_route(struct arle_device *dev, struct arle_stream *st, const struct arle_moe_route_args *a);
 int cuda_moe_experts(struct arle_device *dev, struct arle_stream *st, const struct arle_moe_experts_args *a);
 int cuda_norm_moe(struct arle_device *dev, struct arle_stream *st, const struct arle_norm_moe_args *a);
 int cuda_seq_shift(struct arle_device *dev, struct arle_stream *st, const struct arle_seq_shift_args *a);
+int cuda_seq_shift_keep(struct arle_device *dev, struct arle_stream *st, const struct arle_seq_shift_keep_args *a);
 int cuda_sample(struct arle_device *dev, struct arle_stream *st, const struct arle_sample_args *a);
 
 #ifdef __cplusplus

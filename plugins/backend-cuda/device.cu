@@ -11,7 +11,7 @@ namespace {
 const char *const count_names[COUNT_N] = {
     "gemv", "gemv_row", "gemm_stream", "gemm_tma", "gemm_lt", "gemm_wide", "gemm_experts", "attn_decode",
     "attn_prefill", "gdn_few", "gdn_decode", "gdn_step", "gdn_chunk", "gdn_save", "moe", "moe_decode", "moe_fused", "sample",
-    "graph_launch", "graph_capture", "pdl_launch", "copy_bytes", "alloc_bytes",
+    "graph_launch", "graph_capture", "pdl_launch", "copy_bytes", "copy_direct", "alloc_bytes",
 };
 
 /* Architectures this file was compiled for; the oldest that runs is 8.0. */

@@ -67,10 +67,12 @@ static const struct arle_ops ops = {
     .attn_prepare = cuda_attn_prepare,
     .attn_paged = cuda_attn_paged,
     .gdn = cuda_gdn,
+    .gdn_keep = cuda_gdn_keep,
     .moe_route = cuda_moe_route,
     .moe_experts = cuda_moe_experts,
     .norm_moe = cuda_norm_moe,
     .seq_shift = cuda_seq_shift,
+    .seq_shift_keep = cuda_seq_shift_keep,
     .sample = cuda_sample,
 };
 
@@ -101,7 +103,6 @@ static const struct arle_backend_api api = {
     .dead = cuda_dead,
     .counters = cuda_counters,
     .ceiling = cuda_ceiling,
-    .saves = 1,
 };
 
 ARLE_EXPORT extern const struct arle_plugin arle_plugin_v1;

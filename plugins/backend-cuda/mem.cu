@@ -5,8 +5,9 @@
 /* Sizes are kept in a header-less way: the limit counts what cudaMalloc was asked for, found again by a small table. */
 namespace {
 struct block { void *ptr; size_t bytes; block *next; };
-pthread_mutex_t blocks_mu = PTHREAD_MUTEX_INITIALIZER;      /* guards blocks */
+pthread_mutex_t blocks_mu = PTHREAD_MUTEX_INITIALIZER;      /* guards blocks and pinned */
 block *blocks[256];
+block *pinned;          /* host memory: a few staging areas */
 
 unsigned slot_of(const void *p) { return (unsigned)(((uintptr_t)p >> 8) * 2654435761u >> 24) & 255u; }
 
@@ -38,6 +39,60 @@ size_t forget(void *p)
     }
     pthread_mutex_unlock(&blocks_mu);
     return bytes;
+}
+
+void remember_pinned(void *p, size_t bytes)
+{
+    block *b = (block *)malloc(sizeof *b);
+    if (b == NULL)
+        return;         /* copies from and to this block then go through the copy engine */
+    pthread_mutex_lock(&blocks_mu);
+    *b = { p, bytes, pinned };
+    pinned = b;
+    pthread_mutex_unlock(&blocks_mu);
+}
+
+void forget_pinned(void *p)
+{
+    pthread_mutex_lock(&blocks_mu);
+    for (block **at = &pinned; *at != NULL; at = &(*at)->next) {
+        if ((*at)->ptr == p) {
+            block *b = *at;
+            *at = b->next;
+            free(b);
+            break;
+        }
+    }
+    pthread_mutex_unlock(&blocks_mu);
+}
+
+bool is_pinned(const void *p, size_t bytes)
+{
+    bool found = false;
+    pthread_mutex_lock(&blocks_mu);
+    for (const block *b = pinned; b != NULL && !found; b = b->next)
+        found = (const char *)p >= (const char *)b->ptr && (const char *)p + bytes <= (const char *)b->ptr + b->bytes;
+    pthread_mutex_unlock(&blocks_mu);
+    return found;
+}
+
+/* Up to this size a kernel that reads or writes pinned memory itself is done before the copy engine has begun: a step's inputs and results. */
+const size_t kDirectCopy = 65536;
+
+__global__ void direct_copy_kernel(char *dst, const char *src, int bytes)
+{
+    const int at = (int)(blockIdx.x * blockDim.x + threadIdx.x) * 16;
+    if (at + 16 <= bytes)
+        *(uint4 *)(dst + at) = __ldcv((const uint4 *)(src + at));
+    else
+        for (int i = at; i < bytes; i++)
+            dst[i] = __ldcv(src + i);
+}
+
+bool copies_directly(const void *dst, const void *src, size_t bytes, uint32_t dir)
+{
+    return dir != ARLE_COPY_D2D && bytes <= kDirectCopy && ((uintptr_t)dst | (uintptr_t)src) % 16 == 0
+           && is_pinned(dir == ARLE_COPY_H2D ? src : dst, bytes);
 }
 
 int no_memory(arle_device *dev, size_t bytes, struct arle_err *err)
@@ -101,6 +156,7 @@ extern "C" int cuda_alloc(struct arle_device *dev, uint32_t kind, size_t bytes, 
         return cuda_dead(dev, err);
     }
     memset(p, 0, bytes);
+    remember_pinned(p, bytes);
     *out = p;
     return 0;
 }
@@ -114,6 +170,7 @@ extern "C" void cuda_free(struct arle_device *dev, uint32_t kind, void *ptr)
         dev->mem_used.fetch_sub(forget(ptr));
         cudaFree(ptr);
     } else {
+        forget_pinned(ptr);
         cudaFreeHost(ptr);
     }
 }
@@ -222,8 +279,15 @@ extern "C" int cuda_copy(struct arle_device *dev, struct arle_stream *st, void *
         return -EIO;
     if (bytes == 0)
         return 0;
-    CUDA_TRY(dev, cudaMemcpyAsync(dst, src, bytes, kinds[dir], cs(st)));
     bump(dev, COUNT_COPY_BYTES, bytes);
+    if (copies_directly(dst, src, bytes, dir)) {
+        cudaSetDevice(dev->ordinal);
+        direct_copy_kernel<<<(unsigned)ceil_div((int64_t)bytes, 16 * 256), 256, 0, cs(st)>>>((char *)dst, (const char *)src, (int)bytes);
+        CUDA_TRY(dev, cudaGetLastError());
+        bump(dev, COUNT_COPY_DIRECT);
+        return 0;
+    }
+    CUDA_TRY(dev, cudaMemcpyAsync(dst, src, bytes, kinds[dir], cs(st)));
     return 0;
 }
 

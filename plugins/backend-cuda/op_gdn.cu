@@ -120,9 +120,7 @@ __global__ void keep_taps_kernel(const gdn_args a)
             a.proj[(int64_t)(a.cu[k.seq] + (int)k.n_tokens - 3 + (int)blockIdx.y) * a.ld_proj + a.u_off + c];
 }
 
-} // namespace
-
-extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const struct arle_gdn_args *g)
+int delta_net(arle_device *dev, arle_stream *st, const arle_gdn_args *g, const arle_save *saves, uint32_t n_saves)
 {
     OP_ENTER(dev, st);
     const arle_batch *b = g->batch;
@@ -130,7 +128,7 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
         return 0;
     if (g->dtype != ARLE_BF16 || g->dk != (uint32_t)kDim || g->dv != (uint32_t)kDim || g->conv_width != 4 || g->n_k == 0
         || g->n_v % g->n_k != 0 || (g->ld_proj | g->u_off | g->z_off | g->ld_out) % 8 != 0 || (uint64_t)b->n_seqs * g->n_k > kTickets
-        || g->n_saves > ARLE_MAX_SAVES)
+        || n_saves > ARLE_MAX_SAVES)
         return -EINVAL;
     gdn_args a = {};
     a.n_k = (int)g->n_k;
@@ -160,9 +158,9 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
     a.ld_out = g->ld_out;
     a.tickets = dev->tickets + 65536;
 
-    a.n_saves = (int)g->n_saves;
-    for (uint32_t i = 0; i < g->n_saves; i++)
-        a.saves[i] = g->saves[i];
+    a.n_saves = (int)n_saves;
+    for (uint32_t i = 0; i < n_saves; i++)
+        a.saves[i] = saves[i];
 
     uint32_t stepped = b->n_decode;
     gdn_args c = a;
@@ -177,9 +175,9 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
     if (!chunked)
         stepped = b->n_seqs;        /* short pieces, deterministic mode: token after token */
     int r = 0;
-    if (g->n_saves > 0) {
+    if (n_saves > 0) {
         bump(dev, COUNT_GDN_SAVE);
-        r = launch(dev, cs(st), keep_taps_kernel, dim3((unsigned)ceil_div(a.n_conv, 256), 3, g->n_saves), dim3(256), 0, a);
+        r = launch(dev, cs(st), keep_taps_kernel, dim3((unsigned)ceil_div(a.n_conv, 256), 3, n_saves), dim3(256), 0, a);
     }
     const uint32_t decode = dev->deterministic ? 0 : b->n_decode;      /* there one kernel makes every token */
     if (r == 0 && decode > 0 && tiles && a.ratio <= kFewRatio && decode * a.n_v * kFewParts <= (unsigned)dev->n_sm) {
@@ -205,4 +203,16 @@ extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const s
     if (r == 0 && chunked)
         r = tiles ? run_tiles(dev, cs(st), c, b, (char *)g->scratch) : run_chunks(dev, cs(st), c, b, (char *)g->scratch);
     return r;
+}
+
+} // namespace
+
+extern "C" int cuda_gdn(struct arle_device *dev, struct arle_stream *st, const struct arle_gdn_args *a)
+{
+    return delta_net(dev, st, a, NULL, 0);
+}
+
+extern "C" int cuda_gdn_keep(struct arle_device *dev, struct arle_stream *st, const struct arle_gdn_keep_args *a)
+{
+    return delta_net(dev, st, &a->gdn, a->saves, a->n_saves);
 }

@@ -239,17 +239,27 @@ extern "C" int cuda_silu_mul(struct arle_device *dev, struct arle_stream *st, co
     return launch_silu(dev, cs(st), (const bf16 *)a->gu, a->ld_gu, 8, a->dim, (bf16 *)a->out, a->ld_out, a->n_tokens, a->dim, a->limit);
 }
 
-extern "C" int cuda_seq_shift(struct arle_device *dev, struct arle_stream *st, const struct arle_seq_shift_args *a)
+static int shift(arle_device *dev, arle_stream *st, const arle_seq_shift_args *a, const arle_save *saves, uint32_t n_saves)
 {
     OP_ENTER(dev, st);
     const arle_batch *b = a->batch;
     if (b->n_tokens == 0)
         return 0;
-    if (a->dtype != ARLE_BF16 || a->dim % 8 != 0 || a->ld_x % 8 != 0 || a->ld_out % 8 != 0 || a->n_saves > ARLE_MAX_SAVES)
+    if (a->dtype != ARLE_BF16 || a->dim % 8 != 0 || a->ld_x % 8 != 0 || a->ld_out % 8 != 0 || n_saves > ARLE_MAX_SAVES)
         return -EINVAL;
     shift_args s = { b->seq_of, b->cu, b->slot, (const bf16 *)a->x, a->ld_x, (char *)a->record.base, a->record.stride,
-                     a->record.offset, (bf16 *)a->out, a->ld_out, (int)(a->dim / 8), (int)a->n_saves, {} };
-    for (uint32_t i = 0; i < a->n_saves; i++)
-        s.saves[i] = a->saves[i];
+                     a->record.offset, (bf16 *)a->out, a->ld_out, (int)(a->dim / 8), (int)n_saves, {} };
+    for (uint32_t i = 0; i < n_saves; i++)
+        s.saves[i] = saves[i];
     return launch(dev, cs(st), seq_shift_kernel, dim3(b->n_tokens), dim3(128), 0, s);
+}
+
+extern "C" int cuda_seq_shift(struct arle_device *dev, struct arle_stream *st, const struct arle_seq_shift_args *a)
+{
+    return shift(dev, st, a, NULL, 0);
+}
+
+extern "C" int cuda_seq_shift_keep(struct arle_device *dev, struct arle_stream *st, const struct arle_seq_shift_keep_args *a)
+{
+    return shift(dev, st, &a->shift, a->saves, a->n_saves);
 }

@@ -19,7 +19,6 @@ struct run {
 
 #define OP(name, ...) run_##name(rn, &(struct arle_##name##_args){ __VA_ARGS__ })
 #define TRY(call) do { int r_ = (call); if (r_ < 0) return r_; } while (0)
-#define SAVES .saves = rn->step->saves, .n_saves = rn->n_saves
 #define COMMON .dtype = rn->m->caps.compute, .n_tokens = rn->b->n_tokens
 
 #define DEFINE_RUN(name) \
@@ -37,10 +36,12 @@ DEFINE_RUN(gate_up)
 DEFINE_RUN(attn_prepare)
 DEFINE_RUN(attn_paged)
 DEFINE_RUN(gdn)
+DEFINE_RUN(gdn_keep)
 DEFINE_RUN(moe_route)
 DEFINE_RUN(moe_experts)
 DEFINE_RUN(norm_moe)
 DEFINE_RUN(seq_shift)
+DEFINE_RUN(seq_shift_keep)
 DEFINE_RUN(sample)
 
 static void *at(struct run *rn, uint64_t offset)
@@ -105,12 +106,14 @@ static int delta_net(struct run *rn, const struct qwen35_layer *l)
     int64_t conv = qwen35_conv_dim(c), values = (int64_t)c->n_v * c->dv;
 
     TRY(norm_project(rn, l));
-    TRY(OP(gdn, .dtype = m->caps.compute, .n_k = c->n_k, .n_v = c->n_v, .dk = c->dk, .dv = c->dv, .conv_width = 4,
-           .eps = c->eps, .batch = rn->b, .proj = at(rn, m->at.proj), .ld_proj = (int64_t)m->at.ld_proj,
-           .u_off = 0, .z_off = conv, .a_off = conv + values, .b_off = conv + values + c->n_v,
-           .conv_w = data(rn, l->conv), .A_log = data(rn, l->A_log), .dt_bias = data(rn, l->dt_bias),
-           .norm_w = data(rn, l->gate_norm), .conv_state = state_at(rn, l->conv_offset), .s_state = state_at(rn, l->s_offset),
-           .out = at(rn, m->at.mix), .ld_out = values, .scratch = at(rn, m->at.work), .scratch_bytes = m->at.work_bytes, SAVES));
+    const struct arle_gdn_args a = {
+        .dtype = m->caps.compute, .n_k = c->n_k, .n_v = c->n_v, .dk = c->dk, .dv = c->dv, .conv_width = 4, .eps = c->eps, .batch = rn->b,
+        .proj = at(rn, m->at.proj), .ld_proj = (int64_t)m->at.ld_proj, .u_off = 0, .z_off = conv, .a_off = conv + values,
+        .b_off = conv + values + c->n_v, .conv_w = data(rn, l->conv), .A_log = data(rn, l->A_log), .dt_bias = data(rn, l->dt_bias),
+        .norm_w = data(rn, l->gate_norm), .conv_state = state_at(rn, l->conv_offset), .s_state = state_at(rn, l->s_offset),
+        .out = at(rn, m->at.mix), .ld_out = values, .scratch = at(rn, m->at.work), .scratch_bytes = m->at.work_bytes,
+    };
+    TRY(rn->n_saves > 0 ? OP(gdn_keep, .gdn = a, .saves = rn->step->saves, .n_saves = rn->n_saves) : run_gdn(rn, &a));
     return project(rn, l->out, at(rn, m->at.mix), values, at(rn, m->at.h), c->hidden, true);
 }
 
@@ -228,8 +231,11 @@ static int drafts(struct run *rn)
     const struct qwen35_config *c = &m->cfg;
     int64_t two = 2 * (int64_t)c->hidden;
     TRY(norm(rn, m->norm, at(rn, m->at.h), at(rn, m->at.hidden_all), c->hidden));
-    TRY(OP(seq_shift, .dtype = m->caps.compute, .dim = c->hidden, .batch = rn->b, .x = at(rn, m->at.hidden_all),
-           .ld_x = c->hidden, .record = state_at(rn, m->prev_hidden_offset), .out = at(rn, m->at.shifted), .ld_out = c->hidden, SAVES));
+    const struct arle_seq_shift_args shift = {
+        .dtype = m->caps.compute, .dim = c->hidden, .batch = rn->b, .x = at(rn, m->at.hidden_all), .ld_x = c->hidden,
+        .record = state_at(rn, m->prev_hidden_offset), .out = at(rn, m->at.shifted), .ld_out = c->hidden,
+    };
+    TRY(rn->n_saves > 0 ? OP(seq_shift_keep, .shift = shift, .saves = rn->step->saves, .n_saves = rn->n_saves) : run_seq_shift(rn, &shift));
     TRY(OP(embed, COMMON, .ids = rn->b->ids, .sampled = rn->b->sampled, .table = m->embed, .out = at(rn, m->at.h),
            .ld_out = c->hidden));
     TRY(norm(rn, m->mtp.norm_embed, at(rn, m->at.h), at(rn, m->at.pair), two));

@@ -181,7 +181,8 @@ static void fill_desc(struct arle_model *m, const struct qwen35_totals *t, const
         .struct_size = sizeof m->desc, .vocab = c->vocab, .n_valid = c->n_valid, .context = c->context, .n_groups = 2,
         .page_multiple = 1, .has_drafter = m->has_drafter, .hidden = c->hidden, .groups = m->groups,
         .weight_bytes = t->device_bytes, .scratch_bytes = m->at.total, .step_weight_bytes = t->step_bytes,
-        .n_params = t->n_params, .max_saves = be != NULL && arle_backend_saves(be) ? ARLE_MAX_SAVES : 0, .arch = c->n_experts > 0 ? "Qwen3.5 MoE" : "Qwen3.5", .chat_options = chat_options(c),
+        .n_params = t->n_params, .max_saves = be != NULL && arle_ops_keep(be->ops) ? ARLE_MAX_SAVES : 0,
+        .arch = c->n_experts > 0 ? "Qwen3.5 MoE" : "Qwen3.5", .chat_options = chat_options(c),
     };
 }
 

@@ -350,6 +350,52 @@ static void a_captured_step_replays(void)
     ops_release(&be);
 }
 
+/* A step's inputs and results pass through a kernel; anything else through the copy engine. All bytes arrive and no others change. */
+static void small_copies_are_a_kernel(void)
+{
+    enum { ROOM = 80000 };
+    static const struct { int from, to, n; bool direct; } cases[] = {
+        { 0, 0, 1, true }, { 16, 32, 15, true }, { 0, 0, 16, true }, { 48, 0, 4097, true }, { 0, 16, 65536, true }, { 0, 0, 65537, false },
+        { 4, 0, 4096, false }, { 0, 8, 4096, false },
+    };
+    struct arle_err err = ARLE_ERR_INIT;
+    const struct arle_mem_ops *m = &be.api->mem;
+    void *host = NULL, *dev = NULL;
+    uint8_t *in, *out;
+    REQUIRE(m->alloc(be.dev, ARLE_MEM_PINNED, 2 * ROOM, &host, &err) == 0 && m->alloc(be.dev, ARLE_MEM_DEVICE, ROOM, &dev, &err) == 0);
+    in = host;
+    out = in + ROOM;
+    for (int i = 0; i < ROOM; i++)
+        in[i] = (uint8_t)(i * 7 + i / 251);
+    for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++) {
+        const int from = cases[c].from, to = cases[c].to, n = cases[c].n;
+        uint64_t before = ops_counter(&be, "copy_direct");
+        int wrong = 0;
+        memset(out, 0xEE, ROOM);
+        EXPECT_EQ(m->fill(be.dev, be.st, dev, 0xDD, ROOM), 0);
+        EXPECT_EQ(m->copy(be.dev, be.st, (char *)dev + to, in + from, (size_t)n, ARLE_COPY_H2D), 0);
+        EXPECT_EQ(m->copy(be.dev, be.st, out + from, (char *)dev + to, (size_t)n, ARLE_COPY_D2H), 0);
+        EXPECT_EQ(m->stream_sync(be.dev, be.st, &err), 0);
+        EXPECT_EQ(ops_counter(&be, "copy_direct"), before + (cases[c].direct ? 2 : 0));
+        for (int i = 0; i < ROOM; i++)
+            wrong += out[i] != (i >= from && i < from + n ? in[i] : 0xEE);
+        EXPECT_EQ(wrong, 0);
+        EXPECT_EQ(m->copy(be.dev, be.st, out, dev, ROOM, ARLE_COPY_D2H), 0);
+        EXPECT_EQ(m->stream_sync(be.dev, be.st, &err), 0);
+        for (int i = 0; i < ROOM; i++)
+            wrong += out[i] != (i >= to && i < to + n ? in[i - to + from] : 0xDD);
+        EXPECT_EQ(wrong, 0);
+    }
+    /* Memory of somebody else's is not pinned. */
+    static uint8_t plain[64] __attribute__((aligned(16)));
+    uint64_t before = ops_counter(&be, "copy_direct");
+    EXPECT_EQ(m->copy(be.dev, be.st, plain, dev, sizeof plain, ARLE_COPY_D2H), 0);
+    EXPECT_EQ(m->stream_sync(be.dev, be.st, &err), 0);
+    EXPECT_EQ(ops_counter(&be, "copy_direct"), before);
+    m->free(be.dev, ARLE_MEM_PINNED, host);
+    m->free(be.dev, ARLE_MEM_DEVICE, dev);
+}
+
 static void the_memory_limit_holds(void)
 {
     struct ops_backend b;
@@ -423,6 +469,7 @@ int main(void)
     RUN(rows_do_not_see_each_other);
     RUN(draws_are_those_of_the_reference);
     RUN(a_captured_step_replays);
+    RUN(small_copies_are_a_kernel);
     RUN(the_memory_limit_holds);
     RUN(a_failed_allocation_leaves_the_device_usable);
     ops_close(&be);

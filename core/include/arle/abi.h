@@ -1,6 +1,7 @@
 /*
  * Version and layout rules of the plugin border. Every struct that crosses begins with its own size and only grows at
- * its end; adding fields raises the minor version, changing a meaning raises the major.
+ * its end, or it has no size and never changes (arguments of ops, what lies inside other structs: tests/abi/layout.c). Adding
+ * fields or ops raises the minor version, changing a meaning raises the major.
  */
 #ifndef ARLE_ABI_H
 #define ARLE_ABI_H

@@ -131,14 +131,7 @@ struct arle_backend_api {
     uint32_t (*counters)(struct arle_device *dev, struct arle_counter *out, uint32_t cap);
     /** Measures ceilings: read_bytes_s (memory read bandwidth), bf16_flop_s (best bf16 matrix rate). Takes about a second. */
     int (*ceiling)(struct arle_device *dev, double *read_bytes_s, double *bf16_flop_s, struct arle_err *err);
-    uint32_t saves;             /* 1: the state ops gdn and seq_shift heed their `saves`, see <arle/ops.h> */
 };
-
-/** Whether the state ops of a backend can keep states from the midst of a step; one of an older minor version cannot. */
-static inline int arle_backend_saves(const struct arle_backend_api *be)
-{
-    return be->struct_size >= offsetof(struct arle_backend_api, saves) + sizeof be->saves && be->saves != 0;
-}
 
 #ifdef __cplusplus
 }

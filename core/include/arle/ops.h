@@ -13,6 +13,8 @@
  * n_tokens == 0 is legal and does nothing.
  *
  * Adding an op: append X(name) here and its args below, never reorder. Model plugins check ARLE_HAS(ops, struct arle_ops, x).
+ * Args have no size of their own and a step holds a batch in its midst, so neither ever changes: what an op is to do beside what
+ * it did, a new op does (tests/abi/layout.c holds their layouts).
  */
 #ifndef ARLE_OPS_H
 #define ARLE_OPS_H
@@ -27,7 +29,7 @@ extern "C" {
     X(embed) X(rmsnorm) X(linear) X(norm_linear) X(silu_mul) X(gate_up) X(attn_prepare) X(attn_paged) \
     X(gdn) X(moe_route) X(moe_experts) X(seq_shift) X(sample) \
     X(hc_expand) X(hc_pre) X(hc_post) X(hc_head) X(head_rope) X(window_store) X(compress) X(index_select) X(attn_latent) \
-    X(norm_moe)
+    X(norm_moe) X(gdn_keep) X(seq_shift_keep)
 
 /*
  * The batch of one step as ops see it. Sequences are numbered 0..n_seqs-1; the first n_decode of them have exactly one
@@ -69,7 +71,6 @@ struct arle_state {
  * A state to keep from the midst of a step: what a state op leaves in the record of sequence `seq` after the first n_tokens of its new
  * tokens goes to record `slot` of the same group as well. n_tokens is a multiple of 64, at least 64, and less than the sequence's new
  * tokens; nobody reads or writes `slot` otherwise during the step. Host memory, read during the call. Steps with saves are not captured.
- * Only backends whose api says `saves` are given any.
  */
 #define ARLE_MAX_SAVES 8u
 struct arle_save { uint32_t seq, n_tokens, slot; };
@@ -197,6 +198,11 @@ struct arle_gdn_args {
     struct arle_state conv_state, s_state;
     void *out; int64_t ld_out;              /* [n_tokens, n_v * dv] act */
     void *scratch; size_t scratch_bytes;    /* device memory for the chunked form: n_tokens * (n_conv + n_v * (dk + 2 dv + 8)) * 4 bytes suffice */
+};
+
+/* gdn that also keeps states from the midst of its step: the whole record of the layer. */
+struct arle_gdn_keep_args {
+    struct arle_gdn_args gdn;
     const struct arle_save *saves; uint32_t n_saves;        /* n_saves <= ARLE_MAX_SAVES, else -EINVAL */
 };
 
@@ -255,7 +261,12 @@ struct arle_seq_shift_args {
     const void *x; int64_t ld_x;
     struct arle_state record;
     void *out; int64_t ld_out;
-    const struct arle_save *saves; uint32_t n_saves;        /* as in gdn */
+};
+
+/* seq_shift that also keeps records from the midst of its step. */
+struct arle_seq_shift_keep_args {
+    struct arle_seq_shift_args shift;
+    const struct arle_save *saves; uint32_t n_saves;        /* n_saves <= ARLE_MAX_SAVES, else -EINVAL */
 };
 
 #define ARLE_MAX_TOP 20
@@ -446,6 +457,12 @@ struct arle_ops {
     uint32_t struct_size;
     ARLE_OPS_V1(ARLE_OP_FIELD_)
 };
+
+/** Whether a backend can keep states from the midst of a step: one of an older minor version cannot. */
+static inline int arle_ops_keep(const struct arle_ops *ops)
+{
+    return ARLE_HAS(ops, struct arle_ops, gdn_keep) && ARLE_HAS(ops, struct arle_ops, seq_shift_keep);
+}
 
 #ifdef __cplusplus
 }
