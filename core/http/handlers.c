@@ -1,6 +1,7 @@
 /* The route table and the endpoints that answer at once: models, health, tokenize, detokenize, render. */
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include <json-c/json.h>
 
@@ -60,12 +61,20 @@ int find_model(struct conn *cn, const char *name, struct served_model **out, str
 
 /* ---- models ---- */
 
+/* What OpenAI's and what Anthropic's dialect call a model, in one object. */
 static void put_model(struct sbuf *b, const struct served_model *m)
 {
+    char created[32];
+    time_t at = (time_t)m->created_s;
+    struct tm tm;
+    gmtime_r(&at, &tm);
+    strftime(created, sizeof created, "%Y-%m-%dT%H:%M:%SZ", &tm);
     sbuf_str(b, "{\"id\":");
     sbuf_json_cstr(b, m->name);
-    sbuf_fmt(b, ",\"object\":\"model\",\"created\":%lld,\"owned_by\":\"arle\",\"max_model_len\":%u,\"architecture\":",
-             (long long)m->created_s, served_context(m));
+    sbuf_fmt(b, ",\"object\":\"model\",\"created\":%lld,\"owned_by\":\"arle\",\"type\":\"model\",\"created_at\":\"%s\",\"display_name\":",
+             (long long)m->created_s, created);
+    sbuf_json_cstr(b, m->name);
+    sbuf_fmt(b, ",\"max_model_len\":%u,\"architecture\":", served_context(m));
     sbuf_json_cstr(b, engine_model(m->engine)->arch);
     sbuf_char(b, '}');
 }
@@ -79,7 +88,11 @@ enum MHD_Result handle_models(struct conn *cn)
             sbuf_char(&b, ',');
         put_model(&b, cn->srv->models[i]);
     }
-    sbuf_str(&b, "]}");
+    sbuf_str(&b, "],\"has_more\":false,\"first_id\":");
+    sbuf_json_cstr(&b, cn->srv->models[0]->name);
+    sbuf_str(&b, ",\"last_id\":");
+    sbuf_json_cstr(&b, cn->srv->models[cn->srv->n_models - 1]->name);
+    sbuf_char(&b, '}');
     return reply_json(cn, 200, &b);
 }
 

@@ -24,6 +24,9 @@ def first(body):
 def models_and_health():
     status, body = server.get("/v1/models")
     ok(status == 200 and body["object"] == "list" and body["data"][0]["id"] == "tiny", "models", body)
+    equal((body["has_more"], body["first_id"], body["last_id"], body["data"][0]["type"], body["data"][0]["display_name"]),
+          (False, "tiny", "tiny", "model", "tiny"), "models in Anthropic's dialect")
+    equal(body["data"][0]["created_at"], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(body["data"][0]["created"])), "both dates are one")
     status, body = server.get("/v1/models/tiny")
     ok(status == 200 and body["object"] == "model" and body["max_model_len"] == 8192, "one model", body)
     equal(server.get("/health"), (200, {"status": "ok"}), "health")
