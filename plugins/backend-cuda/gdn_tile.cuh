@@ -167,31 +167,48 @@ __device__ __forceinline__ void take_taps(uint32_t (&hi)[4], uint32_t (&lo)[4], 
                  : "r"(addr), "r"(mine) : "memory");
 }
 
-/*
- * Convolution, silu and norm of q or k, in place; a warp has 16 tokens (`run`), `bar` is a barrier of the four. Channels c and c + 64 at a
- * time; rows of the operands are tokens, their inner dimension 8 channels at one tap and the same 8 at the next.
- */
-__device__ __forceinline__ void conv_key_head(uint32_t tile, uint32_t before, uint32_t taps, float norm, int run, int n, int bar, int lane)
+/* Asked for again where else what follows from it would take registers that are scarce in between. */
+__device__ __forceinline__ int thread_again()
 {
-    const int g = lane >> 2, mine = (lane & 3) == g >> 1, row = run * 16 + (lane & 15), r = row + (lane >> 4) - 3;
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
+/*
+ * Convolution, silu and norm of q or k, in place; a warp has 16 tokens of a warpgroup's 64. Channels c and c + 64 at a time; rows of the
+ * operands are tokens, their inner dimension 8 channels at one tap and the same 8 at the next. Rows past the end have copies of the last
+ * token, which count for nothing since their beta is zero.
+ */
+template <int WIDE> __device__ __forceinline__ void conv_key_head(uint32_t kq, uint32_t rest, int tid)
+{
+    const int lane = tid & 31, g = lane >> 2, mine = (lane & 3) == g >> 1, r = (tid >> 5 & 3) * 16 + (lane & 15) + (lane >> 4) - 3;
+    const uint32_t tile = kq + (tid >> 7) * kTile, before = rest + (tid >> 7) * 1024;
+    const uint32_t taps = rest + kTriangle + (tid >> 7) * kDim * 16 + g * 16;
     auto place = [&](int i) { return (i < 0 ? before : tile + (i & ~7) * 128) + (i & 7) * 144; };       /* of its first 8 channels */
     const uint32_t from0 = place(r), from2 = place(r + 2);
-    uint32_t y[16][2], hi[4] = {}, lo[4] = {};
+    uint32_t y[16][2], hi[WIDE][4] = {}, lo[WIDE][4] = {};
     float s0 = 0.f, s1 = 0.f;
-    taps += g * 16;
 #pragma unroll
     for (int c = 0; c < 8; c++) {
         float f[8] = {};
 #pragma unroll
-        for (int p = 0; p < 2; p++) {
-            uint32_t x0[4], x2[4];
-            take_taps(hi, lo, taps + (p * 8 + c) * 128, mine);
-            ldsm4(x0, (from0 ^ c << 4) + p * kChunk * 128);
-            ldsm4(x2, (from2 ^ c << 4) + p * kChunk * 128);
-            mma16816(f + 4 * p, x0, hi[0], hi[1]);
-            mma16816(f + 4 * p, x2, hi[2], hi[3]);
-            mma16816(f + 4 * p, x0, lo[0], lo[1]);
-            mma16816(f + 4 * p, x2, lo[2], lo[3]);
+        for (int p = 0; p < 2; p += WIDE) {
+            uint32_t x0[WIDE][4], x2[WIDE][4];
+#pragma unroll
+            for (int i = 0; i < WIDE; i++) {
+                take_taps(hi[i], lo[i], taps + ((p + i) * 8 + c) * 128, mine);
+                ldsm4(x0[i], (from0 ^ c << 4) + (p + i) * kChunk * 128);
+                ldsm4(x2[i], (from2 ^ c << 4) + (p + i) * kChunk * 128);
+            }
+            /* Products of one sum wait for each other. */
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+#pragma unroll
+                for (int i = 0; i < WIDE; i++) {
+                    const uint32_t *w = (j & 2 ? lo[i] : hi[i]) + 2 * (j & 1);
+                    mma16816(f + 4 * (p + i), j & 1 ? x2[i] : x0[i], w[0], w[1]);
+                }
         }
         silu8(f);
 #pragma unroll
@@ -208,12 +225,13 @@ __device__ __forceinline__ void conv_key_head(uint32_t tile, uint32_t before, ui
         s1 += __shfl_xor_sync(0xffffffffu, s1, o);
     }
     /* Times the norm in two bf16, of which the second does for the bits that the first lacks. */
-    const float n0 = run * 16 + g < n ? norm * rsqrtf(s0 + 1e-6f) : 0.f;
-    const float n1 = run * 16 + g + 8 < n ? norm * rsqrtf(s1 + 1e-6f) : 0.f;
+    const int again = thread_again(), is_q = again >> 7, row = again & 15, i0 = (again >> 5 & 3) * 16;
+    const float norm = is_q ? 0.08838834764831845f : 1.f;
+    const float n0 = norm * rsqrtf(s0 + 1e-6f), n1 = norm * rsqrtf(s1 + 1e-6f);
     const __nv_bfloat162 big[2] = { __float2bfloat162_rn(n0), __float2bfloat162_rn(n1) };
     const __nv_bfloat162 small[2] = { __float2bfloat162_rn(n0 - __low2float(big[0])), __float2bfloat162_rn(n1 - __low2float(big[1])) };
-    bar_sync(bar, 128);     /* all have read their rows */
-    const uint32_t to = tile + (lane >> 4) * kChunk * 128 + (row & ~7) * 128 + (row & 7) * 144;
+    bar_sync(1 + is_q, 128);    /* all have read their rows */
+    const uint32_t to = kq + is_q * kTile + (again >> 4 & 1) * kChunk * 128 + (i0 + (row & 8)) * 128 + (row & 7) * 144;
 #pragma unroll
     for (int c = 0; c < 8; c++) {
         uint32_t v[4];
@@ -229,14 +247,12 @@ __device__ __forceinline__ void conv_key_head(uint32_t tile, uint32_t before, ui
 
 /* ---- tile: gates, triangle and products -------------------------------------------------------------------------------------- */
 
-/* Gates of a value head, zero past the end: sums over the chunk of log2 of the decays, and the decays of the record. One warp. */
-__device__ __forceinline__ void chunk_gates(const gdn_args &a, int t, int n, int h, float A_log, float dt_bias, float *gam, float *decay,
-                                            int lane)
+/* Gates of a value head, of tokens lane and lane + 32, zero past the end: sums over the chunk of log2 of the decays, and those of the
+ * record. */
+__device__ __forceinline__ void sum_gates(const unsigned short (&gates)[2], int n, float A_log, float dt_bias, float *gam, float *decay,
+                                          int lane)
 {
-    float x[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        x[i] = __bfloat162float(a.proj[(int64_t)(t + min(lane + 32 * i, n - 1)) * a.ld_proj + a.a_off + h]);
+    float x[2] = { __uint_as_float(gates[0] << 16), __uint_as_float(gates[1] << 16) };
     const float rate = -expf(A_log);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -259,16 +275,11 @@ __device__ __forceinline__ void chunk_gates(const gdn_args &a, int t, int n, int
     }
 }
 
-/* And their betas, by another warp. */
-__device__ __forceinline__ void chunk_betas(const gdn_args &a, int t, int n, int h, float *bet, int lane)
+__device__ __forceinline__ void put_betas(const unsigned short (&gates)[2], int n, float *bet, int lane)
 {
-    float x[2];
 #pragma unroll
     for (int i = 0; i < 2; i++)
-        x[i] = __bfloat162float(a.proj[(int64_t)(t + min(lane + 32 * i, n - 1)) * a.ld_proj + a.b_off + h]);
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        bet[lane + 32 * i] = lane + 32 * i < n ? sigmoidf(x[i]) : 0.f;
+        bet[lane + 32 * i] = lane + 32 * i < n ? sigmoidf(__uint_as_float(gates[i] << 16)) : 0.f;
 }
 
 /*
@@ -470,9 +481,8 @@ struct tile {
 
     __device__ __forceinline__ tile(const gdn_args &a, unsigned char *smem)
     {
-        /* Asked for again in each part: kept in registers through the convolution, all this would be spilled. */
-        int x, y;
-        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+        const int x = thread_again();
+        int y;
         asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(y));
         const int n_pairs = (a.ratio + 1) >> 1;
         wg = x >> 7;
@@ -491,7 +501,7 @@ struct tile {
 };
 
 /* Tokens, gates and weights of the convolution come in, and K and Q come of them. */
-__device__ __forceinline__ void tile_inputs(const gdn_args &a, const tile &k, int s, int t0, int n_seq)
+template <int WIDE> __device__ __forceinline__ void tile_inputs(const gdn_args &a, const tile &k, int s, int t0, int n_seq)
 {
     const int first = blockIdx.y * kChunk, n = min(kChunk, n_seq - first);
     const uint32_t mine = k.kq + k.wg * kTile, before = k.rest + k.wg * 1024, taps = k.rest + kTriangle;
@@ -499,19 +509,27 @@ __device__ __forceinline__ void tile_inputs(const gdn_args &a, const tile &k, in
     const float4 w4 = *(const float4 *)(a.conv_w + (int64_t)(ch + k.tid) * 4);
     const float A_log = a.A_log[k.h], dt_bias = a.dt_bias[k.h];
     pdl_wait();
+    pdl_launch();       /* not before the wait: `walk` reads what the kernel before this one wrote without waiting for this one */
+    /* Gates are asked for before the tokens, so that sums are made while those are on their way. */
+    unsigned short gates[2] = {};
+    if (k.w < 2)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            gates[i] = *((const unsigned short *)a.proj + (int64_t)(t0 + min(first + k.lane + 32 * i, n_seq - 1)) * a.ld_proj
+                         + (k.w ? a.b_off : a.a_off) + k.h);
     load_raw(a, mine, before, s, t0, first, n_seq, ch, k.tid);
     cp_commit();
     put_taps(taps, w4, k.wg * kDim + k.tid);
     if (k.w == 0)
-        chunk_gates(a, t0 + first, n, k.h, A_log, dt_bias, k.gam, k.decay, k.lane);
+        sum_gates(gates, n, A_log, dt_bias, k.gam, k.decay, k.lane);
     else if (k.w == 1)
-        chunk_betas(a, t0 + first, n, k.h, k.bet, k.lane);
-    else if (first == 0 && a.sums != NULL)        /* no chunk's sums have been posted yet */
+        put_betas(gates, n, k.bet, k.lane);
+    else if (first == 0 && a.sums != NULL)      /* no chunk's sums have been posted yet */
         for (int i = k.tid - 64; i < kSums / 16; i += 64)
             ((uint4 *)(a.sums + ((int64_t)blockIdx.z * a.n_v + k.h) * kSums))[i] = make_uint4(0, 0, 0, 0);
     cp_wait<0>();
     bar_sync(1 + k.wg, 128);
-    conv_key_head(mine, before, taps + k.wg * kDim * 16, k.wg ? 0.08838834764831845f : 1.f, k.w, n, 1 + k.wg, k.lane);
+    conv_key_head<WIDE>(k.kq, k.rest, thread_again());
     wgmma_publish();
     __syncthreads();
 }
@@ -560,12 +578,12 @@ __device__ __forceinline__ void tile_outputs(const gdn_args &a, const tile &k, i
  * other. Shared memory is used twice, so that several blocks fit a multiprocessor: q and k are loaded to where they stay, P and A of the
  * heads go over them, and the triangles over the weights of the convolution and the tokens before the chunk.
  */
-__device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *smem)
+template <int WIDE> __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *smem)
 {
     const int s = a.seq0 + blockIdx.z, t0 = a.cu[s], n_seq = a.cu[s + 1] - t0, id = (int)chunk_id(a, s, blockIdx.y);
     if (n_seq <= (int)blockIdx.y * kChunk)
         return;
-    tile_inputs(a, tile(a, smem), s, t0, n_seq);
+    tile_inputs<WIDE>(a, tile(a, smem), s, t0, n_seq);
     tile_outputs(a, tile(a, smem), id);
 }
 
@@ -575,9 +593,8 @@ __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *sme
 template <int PER_SM> __global__ void __launch_bounds__(256, PER_SM) tile_kernel(const gdn_args a)
 {
     extern __shared__ __align__(128) unsigned char gdn_smem[];
-    pdl_launch();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    tile_block(a, gdn_smem + (-smem_u32(gdn_smem) & 1023));
+    tile_block<PER_SM == 4 ? 1 : 2>(a, gdn_smem + (-smem_u32(gdn_smem) & 1023));
 #endif
 }
 
