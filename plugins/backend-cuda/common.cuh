@@ -4,6 +4,7 @@
  *
  * Programmatic dependent launch: every kernel calls pdl_launch() first (its successor may become resident) and pdl_wait()
  * before it touches memory that earlier kernels write or read. Only weights and the batch's tables may be read before.
+ * Two know more and say why: few_kernel, and walk_kernel after tile_kernel, which lets it in only after its own wait.
  */
 #ifndef BACKEND_CUDA_COMMON_CUH
 #define BACKEND_CUDA_COMMON_CUH

@@ -10,7 +10,8 @@ namespace {
 
 /*
  * The same chunks in two kernels, for machines with warpgroup products and bulk copies:
- *   tile   per chunk and key head: convolution of q and k, A = (I + M)^-1 diag(beta), P. Written as the tiles that `walk` reads.
+ *   tile   per chunk, key head and two of its value heads: convolution of q and k, A = (I + M)^-1 diag(beta), P. Written as the tiles
+ *          that `walk` reads.
  *   walk   per (sequence, head, 64 value columns), chunk after chunk: R = V - e^gamma K S, Vn = A R, O = e^gamma Q S + P Vn,
  *          S' = e^Gamma S + K^T (e^(Gamma - gamma) Vn). Its warpgroups: state (R, Vn, S'), outputs (O), convolution of v, and two
  *          for the gated norm.
@@ -20,8 +21,9 @@ const int kKQ = 2 * kTile, kRec = 2 * kChunk * kChunk * 2 + 2 * kChunk * 4;
 const int kWalkCols = 64, kStages = 3, kStage = (kKQ + kRec + 1023) / 1024 * 1024;
 const int kColTile = kChunk * kWalkCols * 2, kRawTile = (kChunk + 3) * kWalkCols * 2;
 const int kWalkSmem = 1024 + kStages * kStage + 5 * kColTile + kTile + 2 * kRawTile, kWalkThreads = 640;
-const int kTileSmem = 1024 + kKQ + 2 * kChunk * kLd * 4 + 8 * kChunk * 4;
-static_assert((kChunk + 3) * 2 * kDim * 2 <= 2 * kChunk * kLd * 4, "q and k before the convolution lie in the place of the triangles");
+const int kHalf = kChunk * kChunk * 2;                              /* bytes of A or P */
+const int kTriTile = 16 * 16 * 4, kTriangle = 10 * kTriTile;        /* of a tile of the triangle; of those on and below its diagonal */
+const int kTileSmem = 1024 + kKQ + 2 * kTriangle + 8 * kChunk * 4;
 
 const int kSums = 2 * 4 * kChunk * 8;       /* [half][chunk & 3][64] of a sum and the number of its chunk plus one */
 
@@ -97,262 +99,502 @@ __device__ __forceinline__ uint64_t panels(uint32_t base) { return wgmma_desc(ba
 __device__ __forceinline__ uint64_t panel_step(uint64_t p, int ks) { return p + (((ks >> 2) * (kChunk * 128) + (ks & 3) * 32) >> 4); }
 __device__ __forceinline__ uint64_t panel_rows(uint64_t p, int ks) { return p + (ks * 16 * 128 >> 4); }
 
-template <int HALF> __device__ __forceinline__ void fold(float (&v)[8], bool up)
+/* As stsm4, each tile of 8 x 8 transposed. */
+__device__ __forceinline__ void stsm4t(uint32_t addr, const uint32_t *r)
 {
-#pragma unroll
-    for (int i = 0; i < HALF; i++) {
-        const float x = __shfl_xor_sync(0xffffffffu, up ? v[i] : v[i + HALF], HALF);
-        v[i] = up ? v[i + HALF] : v[i];
-        v[i] += x;
-    }
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(addr), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
-/* Sums over the warp of 8 values at once; lane l gets that of value l & 7. */
-__device__ __forceinline__ float warp_sum8(float (&v)[8], int lane)
-{
-    fold<4>(v, lane & 4);
-    fold<2>(v, lane & 2);
-    fold<1>(v, lane & 1);
-    v[0] += __shfl_xor_sync(0xffffffffu, v[0], 8);
-    return v[0] + __shfl_xor_sync(0xffffffffu, v[0], 16);
-}
+/* ---- tile: convolution ------------------------------------------------------------------------------------------------- */
 
-/* q and k of the key head before the convolution, [67][2][128], from three tokens before the chunk on. */
-__device__ __forceinline__ void load_raw(const gdn_args &a, uint32_t dst, int s, int t_seq, int first, int n_seq, int kh, int tid)
+/* q or k of a key head before the convolution, by a warpgroup: tokens of the chunk to the panels at `to`, the three before to `before`. */
+__device__ __forceinline__ void load_raw(const gdn_args &a, uint32_t to, uint32_t before, int s, int t_seq, int first, int n_seq, int ch,
+                                         int tid)
 {
-    const int piece = tid & 31, r0 = tid >> 5, i0 = first + r0 - 3, ld = (int)a.ld_proj;
-    const int ch = ((piece >> 4 ? a.n_k : 0) + kh) * kDim + (piece & 15) * 8;
-    dst += r0 * 512 + piece * 16;
+    const int piece = tid & 15, r0 = (tid >> 4) - 3, i0 = first + r0, ld = (int)a.ld_proj;
+    const uint32_t at = panel_at<kChunk>(r0 & 7, piece), first_to = r0 < 0 ? before + at : to + at;
+    ch += piece * 8;
+    to += at - (r0 < 0 ? 1024 : 0);
     if (first > 0 && first + kChunk <= n_seq) {
         const bf16 *row = a.proj + (int64_t)(t_seq + i0) * ld + a.u_off + ch;
+        cp16(first_to, row, true);
 #pragma unroll
-        for (int j = 0; j < 8; j++, row += 8 * ld)
-            cp16(dst + j * 8 * 512, row, true);
-        if (r0 < 3)
-            cp16(dst + 64 * 512, row, true);
+        for (int j = 1; j < 8; j++)
+            cp16(to + j * 1024, row += 8 * ld, true);
+        if (r0 < 0)
+            cp16(to + 8 * 1024, row + 8 * ld, true);
         return;
     }
     for (int j = 0; j < 9; j++) {
         const int i = min(i0 + j * 8, n_seq - 1);
-        if (r0 + j * 8 < kChunk + 3)
-            cp16(dst + j * 8 * 512,
+        if (r0 + j * 8 < kChunk)
+            cp16(j == 0 ? first_to : to + j * 1024,
                  i >= 0 ? a.proj + (int64_t)(t_seq + i) * ld + a.u_off + ch : conv_state(a, s) + (int64_t)(3 + i) * a.n_conv + ch, true);
     }
 }
 
-/* Convolution of k (even warps) and q (odd warps), to the panels at kq; a warp has 16 tokens, a lane 4 channels. */
-__device__ __forceinline__ void conv_key_head(const gdn_args &a, uint32_t raw, uint32_t kq, int is_q, int run, int n, int kh, int lane)
+/*
+ * Weights of a channel as they stand in operands: the convolution is a product with a diagonal matrix for each of the four taps. Each is
+ * split in two bf16, which do for 16 bits of it.
+ */
+const int kTaps = 2 * 2 * kDim * 16;        /* bytes: halves of weights, [2][256 channels][4] of 32 bits */
+const float kLog2e = 1.4426950408889634f;
+
+__device__ __forceinline__ void put_taps(uint32_t taps, float4 v, int channel)
 {
-    const int c = ((is_q ? 0 : a.n_k) + kh) * kDim + lane * 4;
-    const uint32_t from = raw + run * 16 * 512 + (is_q ^ 1) * 256 + lane * 8, to = kq + is_q * kTile + (lane & 1) * 8;
-    auto token = [&](int i, float *f) {
-        uint2 v;
-        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from + i * 512));
-        unpack4(v, f);
-    };
-    float h0[4], h1[4], h2[4];
-    float4 w[4];
-    token(0, h0);
-    token(1, h1);
-    token(2, h2);
+    const float w[4] = { v.x, v.y, v.z, v.w };
+    const int shift = (channel & 1) * 16;
+    uint32_t hi[4], lo[4];
 #pragma unroll
-    for (int e = 0; e < 4; e++)
-        w[e] = *(const float4 *)(a.conv_w + (int64_t)(c + e) * 4);
+    for (int i = 0; i < 4; i++) {
+        hi[i] = pack2(w[i], 0.f);
+        lo[i] = pack2(w[i] - unpack2(hi[i]).x, 0.f) << shift;
+        hi[i] <<= shift;
+    }
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(taps + channel * 16), "r"(hi[0]), "r"(hi[1]), "r"(hi[2]), "r"(hi[3]) : "memory");
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(taps + kTaps / 2 + channel * 16), "r"(lo[0]), "r"(lo[1]), "r"(lo[2]), "r"(lo[3]) : "memory");
+}
+
+/* In lanes where `mine` holds; others keep what they have. */
+__device__ __forceinline__ void take_taps(uint32_t (&hi)[4], uint32_t (&lo)[4], uint32_t addr, int mine)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
+                 "@p ld.shared.v4.b32 {%0, %1, %2, %3}, [%8];\n@p ld.shared.v4.b32 {%4, %5, %6, %7}, [%8 + 4096];\n}\n"
+                 : "+r"(hi[0]), "+r"(hi[1]), "+r"(hi[2]), "+r"(hi[3]), "+r"(lo[0]), "+r"(lo[1]), "+r"(lo[2]), "+r"(lo[3])
+                 : "r"(addr), "r"(mine) : "memory");
+}
+
+/* Asked for again where else what follows from it would take registers that are scarce in between. */
+__device__ __forceinline__ int thread_again()
+{
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
+/*
+ * Convolution, silu and norm of q or k, in place; a warp has 16 tokens of a warpgroup's 64. Channels c and c + 64 at a time; rows of the
+ * operands are tokens, their inner dimension 8 channels at one tap and the same 8 at the next. Rows past the end have copies of the last
+ * token, which count for nothing since their beta is zero.
+ */
+template <int WIDE> __device__ __forceinline__ void conv_key_head(uint32_t kq, uint32_t rest, int tid)
+{
+    const int lane = tid & 31, g = lane >> 2, mine = (lane & 3) == g >> 1, r = (tid >> 5 & 3) * 16 + (lane & 15) + (lane >> 4) - 3;
+    const uint32_t tile = kq + (tid >> 7) * kTile, before = rest + (tid >> 7) * 1024;
+    const uint32_t taps = rest + kTriangle + (tid >> 7) * kDim * 16 + g * 16;
+    auto place = [&](int i) { return (i < 0 ? before : tile + (i & ~7) * 128) + (i & 7) * 144; };       /* of its first 8 channels */
+    const uint32_t from0 = place(r), from2 = place(r + 2);
+    uint32_t y[16][2], hi[WIDE][4] = {}, lo[WIDE][4] = {};
+    float s0 = 0.f, s1 = 0.f;
 #pragma unroll
-    for (int i0 = 0; i0 < 16; i0 += 8) {
-        float ss[8];
-        uint2 y[8];
+    for (int c = 0; c < 8; c++) {
+        float f[8] = {};
 #pragma unroll
-        for (int i = 0; i < 8; i += 2) {
-            float f[8];
+        for (int p = 0; p < 2; p += WIDE) {
+            uint32_t x0[WIDE][4], x2[WIDE][4];
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                float u[4];
-                token(3 + i0 + i + j, u);
+            for (int i = 0; i < WIDE; i++) {
+                take_taps(hi[i], lo[i], taps + ((p + i) * 8 + c) * 128, mine);
+                ldsm4(x0[i], (from0 ^ c << 4) + (p + i) * kChunk * 128);
+                ldsm4(x2[i], (from2 ^ c << 4) + (p + i) * kChunk * 128);
+            }
+            /* Products of one sum wait for each other. */
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    f[4 * j + e] = w[e].x * h0[e] + w[e].y * h1[e] + w[e].z * h2[e] + w[e].w * u[e];
-                    h0[e] = h1[e];
-                    h1[e] = h2[e];
-                    h2[e] = u[e];
+            for (int j = 0; j < 4; j++)
+#pragma unroll
+                for (int i = 0; i < WIDE; i++) {
+                    const uint32_t *w = (j & 2 ? lo[i] : hi[i]) + 2 * (j & 1);
+                    mma16816(f + 4 * (p + i), j & 1 ? x2[i] : x0[i], w[0], w[1]);
                 }
-            }
-            silu8(f);
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                float v[4];
-                y[i + j] = make_uint2(pack2(f[4 * j], f[4 * j + 1]), pack2(f[4 * j + 2], f[4 * j + 3]));
-                unpack4(y[i + j], v);
-                ss[i + j] = v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3];
-            }
         }
-        const float r = rsqrtf(warp_sum8(ss, lane) + 1e-6f) * (is_q ? 0.08838834764831845f : 1.f);
+        silu8(f);
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int row = run * 16 + i0 + i;
-            float f[4], scale = __shfl_sync(0xffffffffu, r, i);
-            unpack4(y[i], f);
-            scale = row < n ? scale : 0.f;
-            asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to + panel_at<kChunk>(row, lane >> 1)), "r"(pack2(f[0] * scale, f[1] * scale)),
-                         "r"(pack2(f[2] * scale, f[3] * scale)) : "memory");
+        for (int p = 0; p < 8; p += 4) {
+            s0 += f[p] * f[p] + f[p + 1] * f[p + 1];
+            s1 += f[p + 2] * f[p + 2] + f[p + 3] * f[p + 3];
+            y[2 * p + c][0] = pack2(f[p], f[p + 1]);
+            y[2 * p + c][1] = pack2(f[p + 2], f[p + 3]);
         }
+    }
+#pragma unroll
+    for (int o = 1; o < 4; o <<= 1) {
+        s0 += __shfl_xor_sync(0xffffffffu, s0, o);
+        s1 += __shfl_xor_sync(0xffffffffu, s1, o);
+    }
+    /* Times the norm in two bf16, of which the second does for the bits that the first lacks. */
+    const int again = thread_again(), is_q = again >> 7, row = again & 15, i0 = (again >> 5 & 3) * 16;
+    const float norm = is_q ? 0.08838834764831845f : 1.f;
+    const float n0 = norm * rsqrtf(s0 + 1e-6f), n1 = norm * rsqrtf(s1 + 1e-6f);
+    const __nv_bfloat162 big[2] = { __float2bfloat162_rn(n0), __float2bfloat162_rn(n1) };
+    const __nv_bfloat162 small[2] = { __float2bfloat162_rn(n0 - __low2float(big[0])), __float2bfloat162_rn(n1 - __low2float(big[1])) };
+    bar_sync(1 + is_q, 128);    /* all have read their rows */
+    const uint32_t to = kq + is_q * kTile + (again >> 4 & 1) * kChunk * 128 + (i0 + (row & 8)) * 128 + (row & 7) * 144;
+#pragma unroll
+    for (int c = 0; c < 8; c++) {
+        uint32_t v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const __nv_bfloat162 x = *(const __nv_bfloat162 *)&y[c + (i >> 1) * 8][i & 1];
+            const __nv_bfloat162 z = __hfma2(x, big[i & 1], __hmul2(x, small[i & 1]));
+            v[i] = *(const uint32_t *)&z;
+        }
+        stsm4(to ^ c << 4, v);
     }
 }
 
-/* Gate and beta of token i of the chunk, zero past its end; the gate as log2 of the decay. */
-__device__ __forceinline__ void token_gates(const gdn_args &a, int t, int i, int n, int h, float *gam, float *bet)
-{
-    const bf16 *row = a.proj + (int64_t)(t + min(i, n - 1)) * a.ld_proj;
-    const float x = __bfloat162float(row[a.a_off + h]), y = __bfloat162float(row[a.b_off + h]);
-    *gam = i < n ? decay_log(a.A_log[h], x + a.dt_bias[h]) * 1.4426950408889634f : 0.f;
-    *bet = i < n ? sigmoidf(y) : 0.f;
-}
+/* ---- tile: gates, triangle and products -------------------------------------------------------------------------------------- */
 
-/* Gates of a value head are summed over the chunk by one warp, which also writes the decays of the record. */
-__device__ __forceinline__ void sum_gates(float *gam, float *decay, int lane)
+/* Gates of a value head, of tokens lane and lane + 32, zero past the end: sums over the chunk of log2 of the decays, and those of the
+ * record. */
+__device__ __forceinline__ void sum_gates(const unsigned short (&gates)[2], int n, float A_log, float dt_bias, float *gam, float *decay,
+                                          int lane)
 {
-    float x = gam[lane], y = gam[lane + 32];
+    float x[2] = { __uint_as_float(gates[0] << 16), __uint_as_float(gates[1] << 16) };
+    const float rate = -expf(A_log);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        x[i] = (x[i] + dt_bias) * kLog2e;
+        x[i] = lane + 32 * i < n ? rate * (fmaxf(x[i], 0.f) + __log2f(1.f + exp2_fast(-fabsf(x[i])))) : 0.f;
+    }
 #pragma unroll
     for (int o = 1; o < 32; o <<= 1) {
-        float u = __shfl_up_sync(0xffffffffu, x, o), v = __shfl_up_sync(0xffffffffu, y, o);
-        x += lane >= o ? u : 0.f;
-        y += lane >= o ? v : 0.f;
+        const float u = __shfl_up_sync(0xffffffffu, x[0], o), v = __shfl_up_sync(0xffffffffu, x[1], o);
+        x[0] += lane >= o ? u : 0.f;
+        x[1] += lane >= o ? v : 0.f;
     }
-    y += __shfl_sync(0xffffffffu, x, 31);
-    const float last = __shfl_sync(0xffffffffu, y, 31);
-    gam[lane] = x;
-    gam[lane + 32] = y;
-    decay[lane] = exp2f(x);
-    decay[lane + 32] = exp2f(y);
-    decay[kChunk + lane] = exp2f(last - x);
-    decay[kChunk + lane + 32] = exp2f(last - y);
+    x[1] += __shfl_sync(0xffffffffu, x[0], 31);
+    const float last = __shfl_sync(0xffffffffu, x[1], 31);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        gam[lane + 32 * i] = x[i];
+        decay[lane + 32 * i] = exp2_fast(x[i]);
+        decay[kChunk + lane + 32 * i] = exp2_fast(last - x[i]);
+    }
 }
 
-/* From K K^T (first warpgroup) the triangle M in f32, from Q K^T (second) P in bf16; w: warp of the warpgroup, with 16 rows. */
-__device__ __forceinline__ void mask_products(const float (&d)[32], bool is_p, float *M, unsigned char *p, const float *gam, const float *bet,
-                                              int w, int lane)
+__device__ __forceinline__ void put_betas(const unsigned short (&gates)[2], int n, float *bet, int lane)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        bet[lane + 32 * i] = lane + 32 * i < n ? sigmoidf(__uint_as_float(gates[i] << 16)) : 0.f;
+}
+
+/*
+ * Tiles of 16 x 16 of the triangle in f32, rounded to tf32, as a lane needs them: of a tile of 8 x 8 row lane / 4 and columns 2 (lane % 4)
+ * and the one after (so accumulators come, too), the upper and the lower tile of the left half, then those of the right half. As that
+ * operand whose columns are the rows of the tile: inner dimensions are numbered so that 2 i and 2 i + 1 are the i-th and the (i + 4)-th.
+ */
+__device__ __forceinline__ uint32_t below(int i, int k) { return (i * (i - 1) / 2 + k) * kTriTile; }
+__device__ __forceinline__ uint32_t diagonal(int i) { return (6 + i) * kTriTile; }
+
+__device__ __forceinline__ void put4(uint32_t addr, float x, float y, float z, float w)
+{
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(tf32(x)), "r"(tf32(y)), "r"(tf32(z)), "r"(tf32(w)) : "memory");
+}
+
+__device__ __forceinline__ void mma_tf32(float *d, const uint32_t *a, uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* d += X T^T, with X as operand_of left it and the tile T at addr. */
+__device__ __forceinline__ void mma_tile(float (&d)[8], const uint32_t (&x)[8], uint32_t addr)
+{
+#pragma unroll
+    for (int ks = 0; ks < 2; ks++) {
+        uint32_t b[4];
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(addr + ks * 512));
+        mma_tf32(d, x + 4 * ks, b[0], b[1]);
+        mma_tf32(d + 4, x + 4 * ks, b[2], b[3]);
+    }
+}
+
+__device__ __forceinline__ void operand_of(uint32_t (&x)[8], const float (&d)[8])
+{
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        x[i] = tf32(d[(i & 4) | (i & 1) << 1 | (i >> 1 & 1)]);
+}
+
+/* From K K^T this warp's row of tiles of the triangle. That on the diagonal is returned in f32, two values of each of its quarters: lower
+ * right, lower left, upper left. */
+__device__ __forceinline__ void triangle_row(const float (&d)[32], uint32_t tri, const float *gam, const float *bet, float (&on)[6], int w,
+                                             int lane)
 {
     const int g = lane >> 2, tq = lane & 3, row = w * 16 + g;
-    const float ga0 = gam[row], ga1 = gam[row + 8], b0 = bet[row], b1 = bet[row + 8];
+    const float ga0 = gam[row] + __log2f(bet[row]), ga1 = gam[row + 8] + __log2f(bet[row + 8]);
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const int col = j * 8 + 2 * tq;
-        float x[4] = { 0.f, 0.f, 0.f, 0.f };
-        if (j <= 2 * w + 1) {
-            /* Masked before the exponential: above the diagonal the exponent is positive and may overflow. */
-            const float2 gc = *(const float2 *)(gam + col);
-            x[0] = row >= col ? d[4 * j] * exp2_fast(ga0 - gc.x) : 0.f;
-            x[1] = row >= col + 1 ? d[4 * j + 1] * exp2_fast(ga0 - gc.y) : 0.f;
-            x[2] = row + 8 >= col ? d[4 * j + 2] * exp2_fast(ga1 - gc.x) : 0.f;
-            x[3] = row + 8 >= col + 1 ? d[4 * j + 3] * exp2_fast(ga1 - gc.y) : 0.f;
+    for (int k = 0; k < 4; k++) {
+        if (k > w)
+            break;
+        float x[8];
+#pragma unroll
+        for (int ks = 0; ks < 2; ks++) {
+            const float2 gc = *(const float2 *)(gam + k * 16 + ks * 8 + 2 * tq);
+            const float *v = d + 8 * k + 4 * ks;
+            x[4 * ks] = v[0] * exp2_fast(ga0 - gc.x);
+            x[4 * ks + 1] = v[1] * exp2_fast(ga0 - gc.y);
+            x[4 * ks + 2] = v[2] * exp2_fast(ga1 - gc.x);
+            x[4 * ks + 3] = v[3] * exp2_fast(ga1 - gc.y);
         }
-        if (is_p) {
-            *(uint32_t *)(p + at64(row, j) + tq * 4) = pack2(x[0], x[1]);
-            *(uint32_t *)(p + at64(row + 8, j) + tq * 4) = pack2(x[2], x[3]);
-        } else if (w >= 2 || j < 4) {       /* the upper right quarter serves invert_triangle */
-            *(float2 *)(M + row * kLd + col) = make_float2(row > col ? b0 * x[0] : 0.f, row > col + 1 ? b0 * x[1] : 0.f);
-            *(float2 *)(M + (row + 8) * kLd + col) = make_float2(row + 8 > col ? b1 * x[2] : 0.f, row + 8 > col + 1 ? b1 * x[3] : 0.f);
+        if (k < w) {
+            put4(tri + below(w, k) + lane * 16, x[0], x[1], x[2], x[3]);
+            put4(tri + below(w, k) + lane * 16 + 512, x[4], x[5], x[6], x[7]);
+        } else {        /* what lies on or above the diagonal may have overflowed */
+            on[0] = g > 2 * tq ? x[6] : 0.f;
+            on[1] = g > 2 * tq + 1 ? x[7] : 0.f;
+            on[2] = x[2];
+            on[3] = x[3];
+            on[4] = g > 2 * tq ? x[0] : 0.f;
+            on[5] = g > 2 * tq + 1 ? x[1] : 0.f;
         }
+    }
+}
+
+/* (I + N)^-1 of a strict lower triangle of 8 x 8 that lies over the lanes as above. */
+__device__ __forceinline__ void invert8(float *y, const float *n, int lane)
+{
+    y[0] = -n[0];
+    y[1] = -n[1];
+#pragma unroll
+    for (int k = 1; k < 7; k++) {
+        const float m = __shfl_sync(0xffffffffu, n[k & 1], (lane & 28) | k >> 1);
+        const float u = __shfl_sync(0xffffffffu, y[0], k * 4 + (lane & 3)), v = __shfl_sync(0xffffffffu, y[1], k * 4 + (lane & 3));
+        y[0] -= m * u;
+        y[1] -= m * v;
+    }
+    y[0] += lane >> 2 == 2 * (lane & 3) ? 1.f : 0.f;
+    y[1] += lane >> 2 == 2 * (lane & 3) + 1 ? 1.f : 0.f;
+}
+
+__device__ __forceinline__ void transpose8(float *t, const float *x, int lane)
+{
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        const int from = (2 * (lane & 3) + e) * 4 + (lane >> 3);
+        const float u = __shfl_sync(0xffffffffu, x[0], from), v = __shfl_sync(0xffffffffu, x[1], from);
+        t[e] = lane & 4 ? v : u;
+    }
+}
+
+/* D, the inverse of I + a diagonal tile: -D to `to`, D^T returned as accumulators lie. */
+__device__ __forceinline__ void invert_diagonal_tile(const float (&on)[6], uint32_t to, float (&dt)[8], int lane)
+{
+    float d0[2], d1[2], x[4] = {}, z[4] = {}, low[2];
+    invert8(d0, on + 4, lane);
+    invert8(d1, on, lane);
+    transpose8(dt, d0, lane);
+    /* Its lower left quarter is -D1 N10 D0: transposed, rows 8 to 15 of the operands zero. */
+    const uint32_t l0[4] = { tf32(dt[0]), 0, tf32(dt[1]), 0 };
+    mma_tf32(x, l0, tf32(on[2]), tf32(on[3]));
+    const uint32_t l1[4] = { tf32(x[0]), 0, tf32(x[1]), 0 };
+    mma_tf32(z, l1, tf32(d1[0]), tf32(d1[1]));
+    transpose8(low, z, lane);
+    transpose8(dt + 6, d1, lane);
+    dt[2] = dt[3] = 0.f;
+    dt[4] = -z[0];
+    dt[5] = -z[1];
+    put4(to + lane * 16, -d0[0], -d0[1], low[0], low[1]);
+    put4(to + lane * 16 + 512, 0.f, 0.f, -d1[0], -d1[1]);
+}
+
+/*
+ * Columns 16 w .. 16 w + 15 of A = (I + M)^-1 diag(beta), tile after tile downwards: X_i = -(sum of X_k M_ik^T) D_i^T with the tiles
+ * transposed, so that results are operands as they are. dt: the first, of which -D is with M at tri.
+ */
+__device__ __forceinline__ void solve_columns(uint32_t tri, float (&dt)[8], const float *bet, uint32_t am, int w, int lane)
+{
+    const float be0 = bet[w * 16 + (lane >> 2)], be1 = bet[w * 16 + (lane >> 2) + 8];
+    const uint32_t to = am + (lane & 15) * 128 + (((w * 2 + (lane >> 4)) ^ (lane & 7)) << 4), zero[4] = {};
+    uint32_t x[3][8];
+    auto store = [&](int i, const float (&v)[8]) {
+        const uint32_t r[4] = { pack2(v[0] * be0, v[1] * be0), pack2(v[4] * be0, v[5] * be0), pack2(v[2] * be1, v[3] * be1),
+                                pack2(v[6] * be1, v[7] * be1) };
+        stsm4t(to + i * 2048, r);
+    };
+    for (int i = 0; i < w; i++)
+        stsm4t(to + i * 2048, zero);
+    store(w, dt);
+    operand_of(x[0], dt);
+    tri += lane * 16;
+#pragma unroll
+    for (int di = 1; di < 4; di++) {
+        if (w + di > 3)
+            continue;       /* a break would keep the loop from being unrolled */
+        float sum[8] = {}, v[8] = {};
+        uint32_t left[8];
+#pragma unroll
+        for (int dk = 0; dk < di; dk++)
+            mma_tile(sum, x[dk], tri + below(w + di, w + dk));
+        operand_of(left, sum);
+        mma_tile(v, left, tri + diagonal(w + di));
+        store(w + di, v);
+        if (di < 3)
+            operand_of(x[di], v);
+    }
+}
+
+/* From Q K^T this warp's rows of P. */
+__device__ __forceinline__ void mask_outputs(const float (&d)[32], uint32_t p, const float *gam, int w, int lane)
+{
+    const int g = lane >> 2, tq = lane & 3, row = w * 16 + g;
+    const float ga0 = gam[row], ga1 = gam[row + 8];
+    const uint32_t to = p + (w * 16 + (lane & 15)) * 128 + (((lane >> 4) ^ (lane & 7)) << 4);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        uint32_t r[4] = {};
+        if (k <= w) {
+            float x[8];
+#pragma unroll
+            for (int ks = 0; ks < 2; ks++) {
+                const float2 gc = *(const float2 *)(gam + k * 16 + ks * 8 + 2 * tq);
+                const float *v = d + 8 * k + 4 * ks;
+                x[4 * ks] = v[0] * exp2_fast(ga0 - gc.x);
+                x[4 * ks + 1] = v[1] * exp2_fast(ga0 - gc.y);
+                x[4 * ks + 2] = v[2] * exp2_fast(ga1 - gc.x);
+                x[4 * ks + 3] = v[3] * exp2_fast(ga1 - gc.y);
+            }
+            if (k == w) {       /* above the diagonal it may have overflowed */
+                x[0] = g >= 2 * tq ? x[0] : 0.f;
+                x[1] = g >= 2 * tq + 1 ? x[1] : 0.f;
+                x[4] = x[5] = 0.f;
+                x[6] = g >= 2 * tq ? x[6] : 0.f;
+                x[7] = g >= 2 * tq + 1 ? x[7] : 0.f;
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                r[i] = pack2(x[2 * i], x[2 * i + 1]);
+        }
+        stsm4(to ^ k << 5, r);
+    }
+}
+
+/* What a warpgroup of `tile` needs to know. */
+struct tile {
+    int tid, w, lane, wg, kh, v, h;                         /* v: value head among those of the key head */
+    uint32_t kq, rest;                                      /* shared memory */
+    float *gam, *bet, *decay;
+
+    __device__ __forceinline__ tile(const gdn_args &a, unsigned char *smem)
+    {
+        const int x = thread_again();
+        int y;
+        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(y));
+        const int n_pairs = (a.ratio + 1) >> 1;
+        wg = x >> 7;
+        tid = x & 127;
+        w = tid >> 5;
+        lane = tid & 31;
+        kh = y / n_pairs;
+        v = y % n_pairs * 2 + wg;
+        h = kh * a.ratio + min(v, a.ratio - 1);
+        kq = smem_u32(smem);
+        rest = kq + kKQ;
+        gam = (float *)(smem + kKQ + 2 * kTriangle) + wg * 4 * kChunk;
+        bet = gam + kChunk;
+        decay = bet + kChunk;
+    }
+};
+
+/* Tokens, gates and weights of the convolution come in, and K and Q come of them. */
+template <int WIDE> __device__ __forceinline__ void tile_inputs(const gdn_args &a, const tile &k, int s, int t0, int n_seq)
+{
+    const int first = blockIdx.y * kChunk, n = min(kChunk, n_seq - first);
+    const uint32_t mine = k.kq + k.wg * kTile, before = k.rest + k.wg * 1024, taps = k.rest + kTriangle;
+    const int ch = ((k.wg ? 0 : a.n_k) + k.kh) * kDim;
+    const float4 w4 = *(const float4 *)(a.conv_w + (int64_t)(ch + k.tid) * 4);
+    const float A_log = a.A_log[k.h], dt_bias = a.dt_bias[k.h];
+    pdl_wait();
+    pdl_launch();       /* not before the wait: `walk` reads what the kernel before this one wrote without waiting for this one */
+    /* Gates are asked for before the tokens, so that sums are made while those are on their way. */
+    unsigned short gates[2] = {};
+    if (k.w < 2)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            gates[i] = *((const unsigned short *)a.proj + (int64_t)(t0 + min(first + k.lane + 32 * i, n_seq - 1)) * a.ld_proj
+                         + (k.w ? a.b_off : a.a_off) + k.h);
+    load_raw(a, mine, before, s, t0, first, n_seq, ch, k.tid);
+    cp_commit();
+    put_taps(taps, w4, k.wg * kDim + k.tid);
+    if (k.w == 0)
+        sum_gates(gates, n, A_log, dt_bias, k.gam, k.decay, k.lane);
+    else if (k.w == 1)
+        put_betas(gates, n, k.bet, k.lane);
+    else if (first == 0 && a.sums != NULL)      /* no chunk's sums have been posted yet */
+        for (int i = k.tid - 64; i < kSums / 16; i += 64)
+            ((uint4 *)(a.sums + ((int64_t)blockIdx.z * a.n_v + k.h) * kSums))[i] = make_uint4(0, 0, 0, 0);
+    cp_wait<0>();
+    bar_sync(1 + k.wg, 128);
+    conv_key_head<WIDE>(k.kq, k.rest, thread_again());
+    wgmma_publish();
+    __syncthreads();
+}
+
+/* Of them P and A. id: of the chunk. */
+__device__ __forceinline__ void tile_outputs(const gdn_args &a, const tile &k, int64_t id)
+{
+    const uint32_t tri = k.rest + k.wg * kTriangle, p = k.kq + k.wg * kHalf, am = k.kq + (2 + k.wg) * kHalf;
+    const bool first = k.tid == 0 && k.wg == 0;
+    float d[32], on[6], dt[8];
+    auto products = [&](uint32_t left) {
+        wgmma_fence();
+#pragma unroll
+        for (int ks = 0; ks < 8; ks++)
+            wgmma_ss(d, panel_step(panels(left), ks), panel_step(panels(k.kq), ks), ks > 0);
+        wgmma_commit();
+    };
+    products(k.kq);
+    if (first && k.v == 0)
+        bulk_store(a.kq + (id * a.n_k + k.kh) * kKQ, k.kq, kKQ);
+    wgmma_wait<0>();
+    wgmma_hold(d);
+    triangle_row(d, tri, k.gam, k.bet, on, k.w, k.lane);
+    products(k.kq + kTile);
+    invert_diagonal_tile(on, tri + diagonal(k.w), dt, k.lane);
+    wgmma_wait<0>();
+    wgmma_hold(d);
+    if (first)
+        bulk_store_wait();
+    __syncthreads();
+    mask_outputs(d, p, k.gam, k.w, k.lane);
+    solve_columns(tri, dt, k.bet, am, k.w, k.lane);
+    wgmma_publish();
+    bar_sync(1 + k.wg, 128);
+    if (k.tid == 0 && k.v < a.ratio) {
+        unsigned char *rec = a.rec + (id * a.n_v + k.h) * kRec;
+        bulk_store(rec, am, kHalf);
+        bulk_store(rec + kHalf, p, kHalf);
+        bulk_store(rec + 2 * kHalf, smem_u32(k.decay), 2 * kChunk * 4);
+        bulk_store_wait();
     }
 }
 
 /*
- * Block (key head, chunk, sequence), two warpgroups; two value heads at a time. Shared memory is used twice, so that three blocks fit a
- * multiprocessor: what goes to the convolution lies where the triangles will be, and P and A of the heads go over K and Q.
+ * Block (key head and two of its value heads, chunk, sequence), two warpgroups: the first has k and one value head, the second q and the
+ * other. Shared memory is used twice, so that several blocks fit a multiprocessor: q and k are loaded to where they stay, P and A of the
+ * heads go over them, and the triangles over the weights of the convolution and the tokens before the chunk.
  */
-__device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *smem)
+template <int WIDE> __device__ __forceinline__ void tile_block(const gdn_args &a, unsigned char *smem)
 {
-    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, kh = blockIdx.x, c = blockIdx.y, s = a.seq0 + blockIdx.z;
-    const int t_seq = a.cu[s], n_seq = a.cu[s + 1] - t_seq, n = min(kChunk, n_seq - c * kChunk);
-    if (n <= 0)
+    const int s = a.seq0 + blockIdx.z, t0 = a.cu[s], n_seq = a.cu[s + 1] - t0, id = (int)chunk_id(a, s, blockIdx.y);
+    if (n_seq <= (int)blockIdx.y * kChunk)
         return;
-    const int64_t id = chunk_id(a, s, c);
-    const uint32_t kq = smem_u32(smem);
-    float *tri = (float *)(smem + kKQ), *gam = tri + 2 * kChunk * kLd, *bet = gam + 2 * kChunk, *decay = bet + 2 * kChunk;
-    const int half = kChunk * kChunk * 2;       /* bytes of P or A */
-    unsigned char *p = smem, *am = smem + 2 * half;
-
-    load_raw(a, smem_u32(tri), s, t_seq, c * kChunk, n_seq, kh, tid);
-    cp_commit();
-    if (c == 0 && a.sums != NULL)       /* no chunk's sums have been posted yet */
-        for (int i = tid; i < a.ratio * kSums / 16; i += 256)
-            ((uint4 *)(a.sums + ((int64_t)blockIdx.z * a.n_v + kh * a.ratio) * kSums))[i] = make_uint4(0, 0, 0, 0);
-    int heads = min(2, a.ratio);
-    if (tid < heads * kChunk)
-        token_gates(a, t_seq + c * kChunk, tid & 63, n, kh * a.ratio + (tid >> 6), gam + tid, bet + tid);
-    cp_wait<0>();
-    __syncthreads();
-    conv_key_head(a, smem_u32(tri), kq, warp & 1, warp >> 1, n, kh, lane);
-    wgmma_publish();
-    __syncthreads();
-    if (tid == 0)
-        bulk_store(a.kq + (id * a.n_k + kh) * kKQ, kq, kKQ);
-
-    const int wg = warp >> 2, w = warp & 3;
-    float d[32];
-    wgmma_fence();
-#pragma unroll
-    for (int ks = 0; ks < 8; ks++)
-        wgmma_ss(d, panel_step(panels(kq + wg * kTile), ks), panel_step(panels(kq), ks), ks > 0);
-    wgmma_commit();
-    if (w == 3 && wg < heads)
-        sum_gates(gam + wg * 64, decay + wg * 2 * kChunk, lane);
-    wgmma_wait<0>();
-    wgmma_hold(d);
-    if (tid == 0)
-        bulk_store_wait();
-    __syncthreads();
-
-    for (int h0 = 0; h0 < a.ratio; h0 += 2) {
-        heads = min(2, a.ratio - h0);
-        if (h0 > 0) {
-            if (tid < 2)
-                bulk_store_wait();
-            __syncthreads();
-            if (tid < heads * kChunk)
-                token_gates(a, t_seq + c * kChunk, tid & 63, n, kh * a.ratio + h0 + (tid >> 6), gam + tid, bet + tid);
-            __syncthreads();
-            if (w == 3 && wg < heads)
-                sum_gates(gam + wg * 64, decay + wg * 2 * kChunk, lane);
-            __syncthreads();
-        }
-        for (int v = 0; v < heads; v++)
-            mask_products(d, wg == 1, tri + v * kChunk * kLd, p + v * half, gam + v * 64, bet + v * 64, w, lane);
-        __syncthreads();
-        float *A = tri + wg * kChunk * kLd;
-        invert_triangle(A, A + 32, w, lane, wg < heads);
-        if (wg < heads) {
-            const float2 be = *(const float2 *)(bet + wg * 64 + 2 * lane);
-#pragma unroll
-            for (int i = 0; i < 16; i++) {
-                const int row = w * 16 + i, col = 2 * lane;
-                const float2 x = *(const float2 *)(A + row * kLd + col);
-                *(uint32_t *)(am + wg * half + at64(row, lane >> 2) + (lane & 3) * 4) =
-                    pack2(col <= row ? x.x * be.x : 0.f, col < row ? x.y * be.y : 0.f);
-            }
-        }
-        wgmma_publish();
-        __syncthreads();
-        if (tid < heads) {
-            unsigned char *rec = a.rec + (id * a.n_v + kh * a.ratio + h0 + tid) * kRec;
-            bulk_store(rec, smem_u32(am) + tid * half, half);
-            bulk_store(rec + half, smem_u32(p) + tid * half, half);
-            bulk_store(rec + 2 * half, smem_u32(decay) + tid * 2 * kChunk * 4, 2 * kChunk * 4);
-        }
-    }
-    if (tid < 2)
-        bulk_store_wait();
+    tile_inputs<WIDE>(a, tile(a, smem), s, t0, n_seq);
+    tile_outputs(a, tile(a, smem), id);
 }
 
 #endif
 
-__global__ void __launch_bounds__(256, 3) tile_kernel(const gdn_args a)
+/* PER_SM blocks on a multiprocessor: four, or with more registers two, where more there are not. */
+template <int PER_SM> __global__ void __launch_bounds__(256, PER_SM) tile_kernel(const gdn_args a)
 {
     extern __shared__ __align__(128) unsigned char gdn_smem[];
-    pdl_launch();
-    pdl_wait();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    tile_block(a, gdn_smem + (-smem_u32(gdn_smem) & 1023));
+    tile_block<PER_SM == 4 ? 1 : 2>(a, gdn_smem + (-smem_u32(gdn_smem) & 1023));
 #endif
 }
 

@@ -195,9 +195,11 @@ template <bool SPLIT> __device__ __forceinline__ void walk_outputs(const gdn_arg
         bulk_load(stage, a.kq + ((k.id0 + c) * a.n_k + k.kh) * kKQ, kKQ, full);
         bulk_load(stage + kKQ, a.rec + ((k.id0 + c) * a.n_v + k.h) * kRec, kRec, full);
     };
-    if (tid == 0)
+    if (tid == 0) {
+        pdl_wait();     /* for `tile`; what came before it has ended when a block of this kernel runs, see there */
         for (int c = 0; c < min(kStages, k.n_chunks); c++)
             ask(c, c);
+    }
     for (int c = 0, at = 0, phase = 0; c < k.n_chunks; c++) {
         const uint32_t q_s = k.stage + at * kStage + kTile, p_s = q_s + kTile + kChunk * kChunk * 2;
         mbar_sleep(smem_u32(&k.bars->full[at]), phase);
@@ -317,6 +319,7 @@ template <bool SPLIT> __device__ __forceinline__ void walk_values(const gdn_args
         warp_arrive(smem_u32(&k.bars->v_full[c & 1]));
     }
     if (first == 0 && w == 0) {     /* every reader of the state was before the first barrier; these channels are this block's alone */
+        pdl_wait();
         uint32_t r[3];
 #pragma unroll
         for (int i = 0; i < 3; i++)
@@ -346,6 +349,7 @@ template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &
         for (int p = 0; p < 4; p++)
             zv[p] = c * kChunk + p * 16 + row0 < k.n ? *(const uint4 *)(row + (int64_t)p * 16 * ld) : make_uint4(0, 0, 0, 0);
     };
+    pdl_wait();         /* `tile` clears the sums, and reads the convolution state */
     ask(first);
     for (int c = first; c < k.n_chunks; c += 2) {
         uint4 ov[4];
@@ -557,7 +561,6 @@ template <bool SPLIT> __global__ void __launch_bounds__(kWalkThreads, 1) walk_ke
 {
     extern __shared__ __align__(128) unsigned char gdn_smem[];
     pdl_launch();
-    pdl_wait();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     __shared__ walk_bars bars;          /* its presence tells have_walk() that the code is there */
     __shared__ __align__(16) float sums[4 * kChunk];

@@ -96,7 +96,9 @@ int run_tiles(arle_device *dev, cudaStream_t st, gdn_args a, const arle_batch *b
     const bool split = split_fits(dev, st, a);
     a.sums = split ? a.rec + chunks * a.n_v * kRec : NULL;
     bump(dev, COUNT_GDN_CHUNK);
-    int r = launch(dev, st, tile_kernel, dim3(a.n_k, (unsigned)ceil_div(b->max_new, kChunk), a.n_seqs), dim3(256), kTileSmem, a);
+    const dim3 grid(a.n_k * ((a.ratio + 1) / 2), (unsigned)ceil_div(b->max_new, kChunk), a.n_seqs);
+    const bool few = (int64_t)grid.x * grid.y * grid.z <= 2 * dev->n_sm;
+    int r = launch(dev, st, few ? tile_kernel<2> : tile_kernel<4>, grid, dim3(256), kTileSmem, a);
     if (r < 0)
         return r;
     const walk_launch l(dev, st, a, split);
