@@ -13,7 +13,8 @@ namespace {
  *   tile   per chunk and key head: convolution of q and k, A = (I + M)^-1 diag(beta), P. Written as the tiles that `walk` reads.
  *   walk   per (sequence, head, 64 value columns), chunk after chunk: R = V - e^gamma K S, Vn = A R, O = e^gamma Q S + P Vn,
  *          S' = e^Gamma S + K^T (e^(Gamma - gamma) Vn). Its warpgroups: state (R, Vn, S'), outputs (O), convolution of v, and two
- *          for the gated norm.
+ *          for the gated norm. With few sequences a pair of blocks (gdn_pair.cuh) takes the place of each, with Vn = U - W S,
+ *          U = A V, W = A diag(e^gamma) K.
  * What passes between them is K and Q [2][64][128] and A and P [2][64][64], bf16 in swizzled panels, and the two decays in f32.
  */
 const int kKQ = 2 * kTile, kRec = 2 * kChunk * kChunk * 2 + 2 * kChunk * 4;
@@ -23,7 +24,7 @@ const int kWalkSmem = 1024 + kStages * kStage + 5 * kColTile + kTile + 2 * kRawT
 const int kTileSmem = 1024 + kKQ + 2 * kChunk * kLd * 4 + 8 * kChunk * 4;
 static_assert((kChunk + 3) * 2 * kDim * 2 <= 2 * kChunk * kLd * 4, "q and k before the convolution lie in the place of the triangles");
 
-const int kSums = 2 * 4 * kChunk * 8;       /* [half][chunk & 3][64] of a sum and the number of its chunk plus one */
+const int kSums = 2 * 6 * kChunk * 8;       /* [half][chunk % 6][64] of a sum and the number of its chunk plus one */
 
 size_t tile_scratch(const gdn_args *a, int n_tokens)
 {
