@@ -14,7 +14,8 @@ namespace {
  *          that `walk` reads.
  *   walk   per (sequence, head, 64 value columns), chunk after chunk: R = V - e^gamma K S, Vn = A R, O = e^gamma Q S + P Vn,
  *          S' = e^Gamma S + K^T (e^(Gamma - gamma) Vn). Its warpgroups: state (R, Vn, S'), outputs (O), convolution of v, and two
- *          for the gated norm.
+ *          for the gated norm. With few sequences a pair of blocks (gdn_pair.cuh) takes the place of each, with Vn = U - W S,
+ *          U = A V, W = A diag(e^gamma) K.
  * What passes between them is K and Q [2][64][128] and A and P [2][64][64], bf16 in swizzled panels, and the two decays in f32.
  */
 const int kKQ = 2 * kTile, kRec = 2 * kChunk * kChunk * 2 + 2 * kChunk * 4;
@@ -25,7 +26,7 @@ const int kHalf = kChunk * kChunk * 2;                              /* bytes of 
 const int kTriTile = 16 * 16 * 4, kTriangle = 10 * kTriTile;        /* of a tile of the triangle; of those on and below its diagonal */
 const int kTileSmem = 1024 + kKQ + 2 * kTriangle + 8 * kChunk * 4;
 
-const int kSums = 2 * 4 * kChunk * 8;       /* [half][chunk & 3][64] of a sum and the number of its chunk plus one */
+const int kSums = 2 * 6 * kChunk * 8;       /* [half][chunk % 6][64] of a sum and the number of its chunk plus one */
 
 size_t tile_scratch(const gdn_args *a, int n_tokens)
 {

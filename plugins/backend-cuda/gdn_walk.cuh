@@ -23,15 +23,16 @@ __device__ __forceinline__ void wgmma_reg_64x64(float (&d)[32], const uint32_t *
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
-/* d += A B: A 64 x 16 in registers, B 16 x 128 in shared memory, its 128 contiguous. */
-__device__ __forceinline__ void wgmma_64x128(float (&d)[64], const uint32_t *a, uint64_t b)
+/* d (+)= A B: A 64 x 16 in registers, B 16 x 128 in shared memory, its 128 contiguous. */
+__device__ __forceinline__ void wgmma_64x128(float (&d)[64], const uint32_t *a, uint64_t b, int accumulate = 1)
 {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
                  " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
                  " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
                  " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-                 "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+                 "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
                    "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
                    "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
@@ -40,20 +41,24 @@ __device__ __forceinline__ void wgmma_64x128(float (&d)[64], const uint32_t *a, 
                    "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
                    "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
                    "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
-/* Barriers: of tiles, v, outputs, state, Vn; of the sums of the other block. Where there is one of `empty`, all users of a phase pass
- * before the next can come, so a parity tells phases apart. */
+const int kTurns = 3;       /* in pairs of blocks: warpgroups that take turns at v, and at outputs; each has a place of its own */
+static_assert(kTurns == kStages, "one count serves both");
+
+/* Barriers: of tiles, v, outputs, W and U, state, Vn; of the sums of the other block. Where there is one of `empty`, all users of a phase
+ * pass before the next can come, so a parity tells phases apart. */
 struct walk_bars {
-    uint64_t full[kStages], empty[kStages], v_full[2], v_empty[2], o_full[2], o_empty[2], s_full, s_empty, d_full, d_empty, peer[2];
+    uint64_t full[kStages], empty[kStages], v_full[kTurns], v_empty[kTurns], o_full[kTurns], o_empty[kTurns], wu_full[2], wu_empty[2];
+    uint64_t s_full, s_empty, d_full, d_empty, peer[2];
 };
 
 /* What a warpgroup of `walk` needs to know. */
 struct walk {
     int s, h, kh, cb, t0, n, n_chunks;
     int64_t id0;
-    uint32_t stage, v, o, state, delta;         /* shared memory; v and o twice; S^T and Vn^T of the present chunk, bf16 */
+    uint32_t stage, v, o, wu, state, delta;     /* shared memory; v, o, wu twice, or v and o kTurns times; bf16 S^T, Vn^T of the chunk */
     walk_bars *bars;
     float *sums;                    /* [2][2][16][4]: sums of squares of the other block, even chunks, then odd; tokens 16 apart adjoin */
 };
@@ -184,7 +189,7 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
 }
 
 /* Outputs, tokens along the rows: O = e^gamma Q S + P Vn. One of its threads asks for the tiles. */
-template <bool SPLIT> __device__ __forceinline__ void walk_outputs(const gdn_args &a, const walk &k)
+__device__ __forceinline__ void walk_outputs(const gdn_args &a, const walk &k)
 {
     const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31;
     const int row = w * 16 + ((lane >> 3) & 1) * 8 + (lane & 7), right = lane >> 4;
@@ -235,8 +240,6 @@ template <bool SPLIT> __device__ __forceinline__ void walk_outputs(const gdn_arg
                                     pack2(o[4 * j + 6], o[4 * j + 7]) };
             stsm4(k.o + (c & 1) * kColTile + at64(row, j + right), r);
         }
-        if (SPLIT)
-            wgmma_publish();
         warp_arrive(smem_u32(&k.bars->o_full[c & 1]));
         if (tid == 0 && c + kStages < k.n_chunks) {
             mbar_sleep(smem_u32(&k.bars->empty[at]), phase);
@@ -249,9 +252,11 @@ template <bool SPLIT> __device__ __forceinline__ void walk_outputs(const gdn_arg
     }
 }
 
-/* Convolution of v: a warp has 16 tokens of a chunk, a lane two channels. Inputs of the next chunk are on their way meanwhile. */
-template <bool SPLIT> __device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k, int first, int step, uint32_t raw)
+/* Convolution of v: a warp has 16 tokens of a chunk, a lane two channels. Inputs of the next chunk are on their way meanwhile. SPLIT: of
+ * every third chunk, for the helper's products (gdn_pair.cuh). */
+template <bool SPLIT> __device__ __forceinline__ void walk_values(const gdn_args &a, const walk &k, int first, uint32_t raw)
 {
+    const int step = SPLIT ? kTurns : 1;
     const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31;
     const int ch = 2 * a.n_k * kDim + k.h * kDim + k.cb * kWalkCols, ld = (int)a.ld_proj;
     const float4 *w4 = (const float4 *)(a.conv_w + (int64_t)(ch + lane * 2) * 4);
@@ -286,13 +291,14 @@ template <bool SPLIT> __device__ __forceinline__ void walk_values(const gdn_args
         /* v and z of chunk c + 4: two warps each, a row per lane. */
         if (const int i = (c + 4) * kChunk + (w & 1) * 32 + lane; i < k.n)
             l2_prefetch(a.proj + (int64_t)(k.t0 + i) * ld + k.h * kDim + k.cb * kWalkCols + (w < 2 ? a.u_off + 2 * a.n_k * kDim : a.z_off));
-        const uint32_t from = raw + half * kRawTile + w * 16 * 128 + lane * 4, to = k.v + (c & 1) * kColTile + (lane & 3) * 4;
+        const int place = SPLIT ? first : c & 1, turn = SPLIT ? half : (c >> 1) & 1;
+        const uint32_t from = raw + half * kRawTile + w * 16 * 128 + lane * 4, to = k.v + place * kColTile + (lane & 3) * 4;
         auto token = [&](int i) {
             uint32_t v;
             asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(from + i * 128));
             return unpack2(v);
         };
-        mbar_sleep(smem_u32(&k.bars->v_empty[c & 1]), ((c >> 1) & 1) ^ 1);
+        mbar_sleep(smem_u32(&k.bars->v_empty[place]), turn ^ 1);
         float2 h0 = token(0), h1 = token(1), h2 = token(2);
 #pragma unroll
         for (int i = 0; i < 16; i += 4) {
@@ -316,7 +322,7 @@ template <bool SPLIT> __device__ __forceinline__ void walk_values(const gdn_args
             asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + at64(w * 16 + i, lane >> 2)), "r"(0) : "memory");
         if (SPLIT)
             wgmma_publish();
-        warp_arrive(smem_u32(&k.bars->v_full[c & 1]));
+        warp_arrive(smem_u32(&k.bars->v_full[place]));
     }
     if (first == 0 && w == 0) {     /* every reader of the state was before the first barrier; these channels are this block's alone */
         pdl_wait();
@@ -331,7 +337,7 @@ template <bool SPLIT> __device__ __forceinline__ void walk_values(const gdn_args
 }
 
 /* Norm and gate of every second chunk: 8 threads have a token's 64 columns, the other block sums the squares of the other 64. */
-template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k, int first)
+__device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k, int first)
 {
     const int tid = threadIdx.x & 127, piece = tid & 7, row0 = tid >> 3;
     const int col = k.h * kDim + k.cb * kWalkCols + piece * 8, ld = (int)a.ld_proj, ld_out = (int)a.ld_out;
@@ -339,8 +345,7 @@ template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &
     const float4 wa = w4[0], wb = w4[1];
     const float wn[8] = { wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w };
     const uint32_t sums = smem_u32(k.sums) + (first * 2 * kChunk + row0 * 4) * 4, peer = smem_u32(&k.bars->peer[first]);
-    const uint32_t far_sums = SPLIT ? 0 : of_rank(sums, k.cb ^ 1), far_peer = SPLIT ? 0 : of_rank(peer, k.cb ^ 1);
-    unsigned char *posted = a.sums + ((int64_t)blockIdx.z * a.n_v + k.h) * kSums + row0 * 32;
+    const uint32_t far_sums = of_rank(sums, k.cb ^ 1), far_peer = of_rank(peer, k.cb ^ 1);
     const uint32_t from = k.o + first * kColTile + at64(row0, piece);
     uint4 zv[4];
     auto ask = [&](int c) {
@@ -359,8 +364,6 @@ template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &
         for (int p = 0; p < 4; p++)
             asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(ov[p].x), "=r"(ov[p].y), "=r"(ov[p].z), "=r"(ov[p].w)
                          : "r"(from + p * 16 * 128));
-        if (SPLIT)
-            warp_arrive(smem_u32(&k.bars->o_empty[first]));
 #pragma unroll
         for (int p = 0; p < 4; p++) {
             float2 f = unpack2(ov[p].x), f1 = unpack2(ov[p].y), f2 = unpack2(ov[p].z), f3 = unpack2(ov[p].w);
@@ -372,39 +375,20 @@ template <bool SPLIT> __device__ __forceinline__ void walk_gate(const gdn_args &
             for (int p = 0; p < 4; p++)
                 ss[p] += __shfl_xor_sync(0xffffffffu, ss[p], d);
         float far[4];
-        if (SPLIT) {
-            /* The other half is in another cluster, but runs: the grid is launched so only where all of it fits. */
-            unsigned char *mine = posted + (k.cb * 4 + (c & 3)) * kChunk * 8 + (piece & 1) * 16;
-            const unsigned char *theirs = posted + ((k.cb ^ 1) * 4 + (c & 3)) * kChunk * 8;
-            auto look = [](const unsigned char *at, float *x, int *tag) {
-                asm volatile("ld.volatile.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                             : "=f"(x[0]), "=r"(tag[0]), "=f"(x[1]), "=r"(tag[1]) : "l"(at) : "memory");
-            };
-            if (piece < 2)
-                asm volatile("st.volatile.global.v4.b32 [%0], {%1, %2, %3, %2};"
-                             ::"l"(mine), "r"(__float_as_int(piece ? ss[2] : ss[0])), "r"(c + 1), "r"(__float_as_int(piece ? ss[3] : ss[1]))
-                             : "memory");
-            int tag[4];
-            do {
-                look(theirs, far, tag);
-                look(theirs + 16, far + 2, tag + 2);
-            } while (tag[0] != c + 1 || tag[1] != c + 1 || tag[2] != c + 1 || tag[3] != c + 1);
-        } else {
-            /* Stores that complete a transaction: an arrival that releases would wait for all stores of outputs before it. Two places in
-             * turn: the other block may send the next sums before these are read, but not those after, which need this block's next. */
-            const int slot = ((c >> 1) & 1) * kChunk * 4;
-            if (tid == 0)
-                mbar_expect(peer, kChunk * 4);
-            if (piece == 0)
-                asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
-                             ::"r"(far_sums + slot), "f"(ss[0]), "f"(ss[1]), "f"(ss[2]), "f"(ss[3]), "r"(far_peer) : "memory");
-            mbar_sleep(peer, (c >> 1) & 1);
-            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                         : "=f"(far[0]), "=f"(far[1]), "=f"(far[2]), "=f"(far[3]) : "r"(sums + slot));
-            /* Only now: were the next outputs there already, the barrier could complete its next phase before a slow warp has seen this
-             * one (and then it would wait for ever), and fast warps could send their next sums before a slow one has sent these. */
-            warp_arrive(smem_u32(&k.bars->o_empty[first]));
-        }
+        /* Stores that complete a transaction: an arrival that releases would wait for all stores of outputs before it. Two places in
+         * turn: the other block may send the next sums before these are read, but not those after, which need this block's next. */
+        const int slot = ((c >> 1) & 1) * kChunk * 4;
+        if (tid == 0)
+            mbar_expect(peer, kChunk * 4);
+        if (piece == 0)
+            asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                         ::"r"(far_sums + slot), "f"(ss[0]), "f"(ss[1]), "f"(ss[2]), "f"(ss[3]), "r"(far_peer) : "memory");
+        mbar_sleep(peer, (c >> 1) & 1);
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(far[0]), "=f"(far[1]), "=f"(far[2]), "=f"(far[3]) : "r"(sums + slot));
+        /* Only now: were the next outputs there already, the barrier could complete its next phase before a slow warp has seen this
+         * one (and then it would wait for ever), and fast warps could send their next sums before a slow one has sent these. */
+        warp_arrive(smem_u32(&k.bars->o_empty[first]));
         bf16 *row = a.out + (int64_t)(k.t0 + c * kChunk + row0) * ld_out + col;
 #pragma unroll
         for (int p = 0; p < 4; p++) {
@@ -446,60 +430,33 @@ __device__ __forceinline__ void move_conv_state(const gdn_args &a, const walk &k
         *(uint2 *)(rec + (int64_t)i * a.n_conv + ch) = r[i];
 }
 
-/*
- * Between the two blocks of a column half. Tiles finished here (`sent`) are copied to the same place of the other block and complete its
- * barrier; for tiles that come (`got`) bytes are expected; where readers here let such a tile go (`back`), the other block
- * is told.
- */
-__device__ __forceinline__ void walk_relay(const walk &k, int other, uint32_t tile, uint64_t *sent, uint64_t *got, uint64_t *back)
+/* Where a block finds what; its barriers are still to be made. False: the sequence has no tokens. */
+__device__ __forceinline__ bool walk_place(const gdn_args &a, walk &k, int cb, uint32_t smem, walk_bars *bars, float *sums)
 {
-    const int warp = (threadIdx.x >> 5) & 3;
-    if ((threadIdx.x & 31) == 0)
-        for (int c = 0; c < k.n_chunks; c++) {
-            const int slot = c & 1, parity = (c >> 1) & 1;
-            if (warp == 0) {
-                const uint32_t src = tile + slot * kColTile;
-                mbar_sleep(smem_u32(sent + slot), parity);
-                asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                             ::"r"(of_rank(src, other)), "r"(src), "r"(kColTile), "r"(of_rank(smem_u32(sent + slot), other)) : "memory");
-            } else if (warp == 1) {
-                mbar_sleep(smem_u32(back + slot), parity);
-                mbar_arrive_written(of_rank(smem_u32(back + slot), other));
-            } else if (warp == 2) {
-                if (c >= 2)
-                    mbar_sleep(smem_u32(got + slot), parity ^ 1);
-                mbar_expect(smem_u32(got + slot), kColTile);
-            }
-        }
-    __syncwarp();
-}
-
-/*
- * SPLIT, for few sequences: a second block, the helper, does what need not be in the block of the serial part, and tiles of v and of
- * outputs go from block to block within a cluster. (Clusters of four, with both halves of the columns, did not all fit an H100 at once.)
- */
-template <bool SPLIT> __device__ __forceinline__ void walk_block(const gdn_args &a, unsigned char *smem, walk_bars *bars, float *sums)
-{
-    walk k;
-    const bool helper = SPLIT && (blockIdx.x & 1);
-    k.cb = SPLIT ? blockIdx.x >> 1 : blockIdx.x;
+    k.cb = cb;
     k.h = blockIdx.y;
     k.kh = k.h / a.ratio;
     k.s = a.seq0 + blockIdx.z;
     k.t0 = a.cu[k.s];
     k.n = a.cu[k.s + 1] - k.t0;
-    if (k.n == 0)
-        return;
     k.n_chunks = (k.n + kChunk - 1) / kChunk;
     k.id0 = chunk_id(a, k.s, 0);
-    k.stage = smem_u32(smem);
+    k.stage = smem;
+    k.bars = bars;
+    k.sums = sums;
+    return k.n > 0;
+}
+
+/* For many sequences: the two blocks of a cluster are the column halves of a head. */
+__device__ __forceinline__ void walk_block(const gdn_args &a, uint32_t smem, walk_bars *bars, float *sums)
+{
+    walk k;
+    if (!walk_place(a, k, blockIdx.x, smem, bars, sums))
+        return;
     k.v = k.stage + kStages * kStage;
     k.o = k.v + 2 * kColTile;
     k.state = k.o + 2 * kColTile;
     k.delta = k.state + kTile;
-    k.bars = bars;
-    k.sums = sums;
-    const uint32_t raw = SPLIT ? k.stage : k.delta + kColTile;
     if (threadIdx.x == 0) {
         auto init = [&](uint64_t &bar, int count) { mbar_init(smem_u32(&bar), count); };
         for (int i = 0; i < kStages; i++) {
@@ -507,10 +464,10 @@ template <bool SPLIT> __device__ __forceinline__ void walk_block(const gdn_args 
             init(bars->empty[i], 8);
         }
         for (int i = 0; i < 2; i++) {
-            init(bars->v_full[i], SPLIT && !helper ? 1 : 4);
-            init(bars->v_empty[i], helper ? 1 : 4);
-            init(bars->o_full[i], helper ? 1 : 4);
-            init(bars->o_empty[i], SPLIT && !helper ? 1 : 4);
+            init(bars->v_full[i], 4);
+            init(bars->v_empty[i], 4);
+            init(bars->o_full[i], 4);
+            init(bars->o_empty[i], 4);
             init(bars->peer[i], 1);
         }
         init(bars->s_full, 4);
@@ -521,50 +478,34 @@ template <bool SPLIT> __device__ __forceinline__ void walk_block(const gdn_args 
     }
     cluster_sync();
     const int role = threadIdx.x >> 7;
-    auto gate = [&] {
-        walk_gate<SPLIT>(a, k, role - 3);
-        if (threadIdx.x < 3 * 128 + 32 && k.h % a.ratio == 0)
-            move_conv_state(a, k, threadIdx.x & 31);
-    };
     /* Registers: 192 + 2 * 64 + 2 * 80 make the 480 of five warpgroups of 96. */
-    if (helper) {
-        if (role == 0)
-            walk_relay(k, 0, k.v, bars->v_full, bars->o_full, bars->o_empty);
-        else if (role <= 2)
-            walk_values<SPLIT>(a, k, role - 1, 2, raw + (role - 1) * 2 * kRawTile);
-        else
-            gate();
-    } else if (role == 0) {
+    if (role == 0) {
         registers_up<192>();
         walk_state(a, k);
     } else if (role == 1) {
         registers_down<64>();
-        walk_outputs<SPLIT>(a, k);
+        walk_outputs(a, k);
     } else if (role == 2) {
         registers_down<64>();
-        if (SPLIT)
-            walk_relay(k, 1, k.o, bars->o_full, bars->v_full, bars->v_empty);
-        else
-            walk_values<SPLIT>(a, k, 0, 1, raw);
+        walk_values<false>(a, k, 0, k.delta + kColTile);
     } else {
         registers_down<80>();
-        if (!SPLIT)
-            gate();
+        walk_gate(a, k, role - 3);
+        if (threadIdx.x < 3 * 128 + 32 && k.h % a.ratio == 0)
+            move_conv_state(a, k, threadIdx.x & 31);
     }
-    if (SPLIT)      /* blocks of a cluster write into each other's memory, so none may go before the last */
-        cluster_sync();
 }
 
 #endif
 
-template <bool SPLIT> __global__ void __launch_bounds__(kWalkThreads, 1) walk_kernel(const gdn_args a)
+__global__ void __launch_bounds__(kWalkThreads, 1) walk_kernel(const gdn_args a)
 {
     extern __shared__ __align__(128) unsigned char gdn_smem[];
     pdl_launch();
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     __shared__ walk_bars bars;          /* its presence tells have_walk() that the code is there */
     __shared__ __align__(16) float sums[4 * kChunk];
-    walk_block<SPLIT>(a, gdn_smem + (-smem_u32(gdn_smem) & 1023), &bars, sums);
+    walk_block(a, smem_u32(gdn_smem) + (-smem_u32(gdn_smem) & 1023), &bars, sums);
 #endif
 }
 

@@ -13,7 +13,7 @@
  */
 #include "gdn_few.cuh"
 #include "gdn_step.cuh"
-#include "gdn_walk.cuh"
+#include "gdn_pair.cuh"
 #include <errno.h>
 
 namespace {
@@ -53,10 +53,10 @@ size_t chunk_scratch(const gdn_args *a, int n_tokens)
 /* Is the code for compute capability 9.0 in this build, and does the device run it? */
 bool have_walk(const arle_device *dev)
 {
-    return dev->cc == 90 && dev->max_smem >= (size_t)kWalkSmem + 1024 && has_code((const void *)walk_kernel<false>);
+    return dev->cc == 90 && dev->max_smem >= (size_t)kWalkSmem + 1024 && has_code((const void *)walk_kernel);
 }
 
-/* walk_kernel in clusters of two: the column halves of a head, or block and helper of one half. */
+/* walk_kernel or pair_kernel in clusters of two: the column halves of a head, or block and helper of one half. */
 struct walk_launch {
     cudaLaunchConfig_t cfg;
     cudaLaunchAttribute attr[2];
@@ -70,7 +70,7 @@ struct walk_launch {
         attr[1].val.programmaticStreamSerializationAllowed = 1;
         cfg.gridDim = dim3(split ? 4 : 2, a.n_v, a.n_seqs);
         cfg.blockDim = dim3(kWalkThreads);
-        cfg.dynamicSmemBytes = kWalkSmem;
+        cfg.dynamicSmemBytes = split ? kPairSmem : kWalkSmem;
         cfg.stream = st;
         cfg.attrs = attr;
         cfg.numAttrs = dev->pdl ? 2 : 1;
@@ -84,8 +84,8 @@ bool split_fits(const arle_device *dev, cudaStream_t st, const gdn_args &a)
     if (4 * a.n_v * a.n_seqs > dev->n_sm || !device_alone(dev))
         return false;
     const walk_launch l(dev, st, a, true);
-    return cudaFuncSetAttribute((const void *)walk_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, kWalkSmem) == cudaSuccess
-           && cudaOccupancyMaxActiveClusters(&n, walk_kernel<true>, &l.cfg) == cudaSuccess && n >= 2 * a.n_v * a.n_seqs;
+    return cudaFuncSetAttribute((const void *)pair_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kPairSmem) == cudaSuccess
+           && cudaOccupancyMaxActiveClusters(&n, pair_kernel, &l.cfg) == cudaSuccess && n >= 2 * a.n_v * a.n_seqs;
 }
 
 int run_tiles(arle_device *dev, cudaStream_t st, gdn_args a, const arle_batch *b, char *scratch)
@@ -102,8 +102,8 @@ int run_tiles(arle_device *dev, cudaStream_t st, gdn_args a, const arle_batch *b
     if (r < 0)
         return r;
     const walk_launch l(dev, st, a, split);
-    void (*kernel)(gdn_args) = split ? walk_kernel<true> : walk_kernel<false>;
-    CUDA_TRY(dev, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWalkSmem));
+    void (*kernel)(gdn_args) = split ? pair_kernel : walk_kernel;
+    CUDA_TRY(dev, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)l.cfg.dynamicSmemBytes));
     if (dev->pdl)
         bump(dev, COUNT_PDL);
     CUDA_TRY(dev, cudaLaunchKernelEx(&l.cfg, kernel, a));
