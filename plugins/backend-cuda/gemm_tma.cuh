@@ -7,8 +7,8 @@
  * share a tile along K; parts are added up in the order of the blocks, so that results do not depend on timing.
  *
  * The next kernel is let in shortly before the last box of W is asked for. Its own first boxes of W then follow at once, while
- * this one finishes. A norm before the product is done in place on the boxes of x: its weights before the product, the scale of a
- * token after it.
+ * this one finishes. A norm before the product: x is multiplied with its weights on the way to the product's operand, which then
+ * comes from the registers, and the scale of a token comes after it.
  */
 #ifndef BACKEND_CUDA_GEMM_TMA_CUH
 #define BACKEND_CUDA_GEMM_TMA_CUH
@@ -19,10 +19,12 @@
 /*
  * Bytes. kTmaMemory: the ring of a block, two of which fit one multiprocessor. kTmaFlight: W under way at a time; whatever else a
  * multiprocessor asks of the memory, the last steps of the kernel before this one among it, waits behind that. kTmaLeft: W not yet asked
- * for when the next kernel is let in. H100, four products of a layer at 16 rows: 85 us (36, 50 KB); 86 and 90 (24 and 60 KB under way);
- * 91 and 90 (nothing and 100 KB left).
+ * for when the next kernel is let in, up to 16 tokens and from there on. H100, four products of a layer at 16 rows: 85 us (36, 50 KB); 86
+ * and 90 (24 and 60 KB under way); 91 and 90 (nothing and 100 KB left). A step with 50, 64, 80, 110 KB left: 3.82, 3.81, 3.82, 3.96 ms at
+ * 8 rows; 7.29 (50), 7.33, 7.36 ms at 64 rows.
  */
-const int kTmaMemory = 108 * 1024, kTmaFlight = 36 * 1024, kTmaLeft = 50 * 1024, kTmaStages = 10;
+const int kTmaMemory = 108 * 1024, kTmaFlight = 36 * 1024, kTmaLeft = 64 * 1024, kTmaLeftMany = 50 * 1024,
+          kTmaStages = 10;
 
 struct tma_args {
     gemm_args g;
@@ -38,9 +40,9 @@ template <int TN, int N16> struct tma_shape {
     static constexpr int SMEM = STAGE * STAGES + 1024;      /* boxes are aligned to 1024 bytes */
     static constexpr int LINES = TN * (N + 8) * 4;          /* for tma_store_lines */
     static constexpr int BARS = 3 * STAGES + 1, STATIC = BARS * 8 + STAGES * 256 + 256;     /* STATIC: shared memory besides, at least */
-    static constexpr int THREADS = N16 < 10 ? 512 : 384;    /* at most; 192 work, see gemm_tma_launch */
+    static constexpr int THREADS = N16 < 9 ? 512 : 384;    /* at most; 192 work, see gemm_tma_launch */
     static constexpr int UNDER_WAY = (kTmaFlight + N * 128 - 1) / (N * 128), FLIGHT = UNDER_WAY < STAGES ? UNDER_WAY : STAGES;
-    static constexpr int LEFT = kTmaLeft / (N * 128);       /* as FLIGHT: boxes of W */
+    static constexpr int LEFT = (TN > 16 ? kTmaLeftMany : kTmaLeft) / (N * 128);        /* as FLIGHT: boxes of W */
 };
 
 /* Whether rows of results end with an eight and are aligned for pairs. */
@@ -97,19 +99,50 @@ static __device__ __forceinline__ void tma_product(float (&d)[32], uint64_t a, u
     wgmma_ss(d, a, b, accumulate);
 }
 
-/* One step of 16 columns: d[token][row of W] (+)= x W^T. */
-template <int N>
-static __device__ __forceinline__ void tma_products(float (&d)[N / 2], uint32_t x, uint32_t w, int accumulate)
+/* The same with A in registers. */
+static __device__ __forceinline__ void tma_product(float (&d)[8], const uint32_t (&a)[4], uint64_t b, int accumulate)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, "
+                 "p, 1, 1, 0;\n}\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+static __device__ __forceinline__ void tma_product(float (&d)[16], const uint32_t (&a)[4], uint64_t b, int accumulate)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+static __device__ __forceinline__ void tma_product(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+                 " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+/* One step of 16 columns: d[token][row of W] (+)= x W^T. x: in shared memory (wgmma_desc), or in registers. */
+template <int N, class A>
+static __device__ __forceinline__ void tma_products(float (&d)[N / 2], const A &x, uint32_t w, int accumulate)
 {
     constexpr int full = N / 64, half = N & 32, quarter = N & 16;
-    const uint64_t a = wgmma_desc(x, 16);
 #pragma unroll
     for (int i = 0; i < full; i++)
-        tma_product(*reinterpret_cast<float (*)[32]>(d + i * 32), a, wgmma_desc(w + i * 8192, 16), accumulate);
+        tma_product(*reinterpret_cast<float (*)[32]>(d + i * 32), x, wgmma_desc(w + i * 8192, 16), accumulate);
     if (half)
-        tma_product(*reinterpret_cast<float (*)[16]>(d + full * 32), a, wgmma_desc(w + full * 8192, 16), accumulate);
+        tma_product(*reinterpret_cast<float (*)[16]>(d + full * 32), x, wgmma_desc(w + full * 8192, 16), accumulate);
     if (quarter)
-        tma_product(*reinterpret_cast<float (*)[8]>(d + full * 32 + half / 2), a, wgmma_desc(w + full * 8192 + half * 128, 16),
+        tma_product(*reinterpret_cast<float (*)[8]>(d + full * 32 + half / 2), x, wgmma_desc(w + full * 8192 + half * 128, 16),
                     accumulate);
 }
 
@@ -255,7 +288,7 @@ static __device__ __forceinline__ uint2 tma_old(const gemm_args &a, int t, int n
 }
 
 template <int TN, int N>
-static __device__ __forceinline__ tma_part tma_part_of(const gemm_args &a, int m0, int split, int rank, int tid)
+static __device__ __forceinline__ tma_part tma_part_of(const gemm_args &a, int m0, int split, int rank, int tid, bool may_add)
 {
     tma_part p = {};
     p.own = TN / split;
@@ -265,7 +298,7 @@ static __device__ __forceinline__ tma_part tma_part_of(const gemm_args &a, int m
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         const int i = tid + j * 128;
-        if (i < p.items)
+        if (i < p.items && may_add)
             p.old[j] = tma_old(a, p.t0 + i / (N / 4), m0 + i % (N / 4) * 4, p.whole);
     }
     return p;
@@ -342,41 +375,58 @@ static __device__ __forceinline__ void tma_finish(const tma_args &a, int m0, uin
 }
 
 /*
- * Eight columns of each of TN / 16 tokens: times the norm's weights (64 floats at nw, the first `columns` of them), in place; ss gathers
- * the squares.
+ * Sixteen tokens, a warp's, of a box of x times the norm's weights, as operands of four steps; ss gathers the squares of a lane's two
+ * tokens. x: where this lane's pieces begin (tma_piece); nw: the box's 64 weights, from this lane's first pair on.
  */
-template <int TN>
-static __device__ __forceinline__ void tma_norm(uint32_t x, uint32_t nw, int columns, float offset, float (&ss)[TN / 16], int tid)
+static __device__ __forceinline__ void tma_normed(uint32_t (&f)[4][4], uint32_t x, uint32_t nw, float offset, float (&ss)[2])
 {
-    if ((tid & 7) * 8 >= columns)
-        return;             /* x is zero there, and there are no weights */
-    const float4 lo = shared4(nw + (tid & 7) * 32), hi = shared4(nw + (tid & 7) * 32 + 16);
-    const float w[8] = { lo.x + offset, lo.y + offset, lo.z + offset, lo.w + offset,
-                         hi.x + offset, hi.y + offset, hi.z + offset, hi.w + offset };
-    uint32_t v[TN / 16][4];
+    float2 w[8];
 #pragma unroll
-    for (int r = 0; r < TN / 16; r++) {
-        const int row = (tid >> 3) + r * 16;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v[r][0]), "=r"(v[r][1]), "=r"(v[r][2]), "=r"(v[r][3])
-                     : "r"(x + row * 128 + (((tid & 7) ^ (row & 7)) << 4)) : "memory");
-    }
+    for (int kk = 0; kk < 4; kk++)
+        ldsm4(f[kk], x ^ kk * 32);
 #pragma unroll
-    for (int r = 0; r < TN / 16; r++) {
-        const int row = (tid >> 3) + r * 16;
+    for (int c = 0; c < 8; c++)
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(w[c].x), "=f"(w[c].y) : "r"(nw + c * 32) : "memory");
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const float2 f = unpack2(v[r][e]);
-            ss[r] += f.x * f.x + f.y * f.y;
-            v[r][e] = pack2(f.x * w[2 * e], f.y * w[2 * e + 1]);
+    for (int c = 0; c < 8; c++) {
+        w[c].x += offset;
+        w[c].y += offset;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            uint32_t &p = f[c >> 1][2 * (c & 1) + e];
+            const float2 v = unpack2(p);
+            ss[e] = fmaf(v.x, v.x, ss[e]);
+            ss[e] = fmaf(v.y, v.y, ss[e]);
+            p = pack2(v.x * w[c].x, v.y * w[c].y);
         }
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(x + row * 128 + (((tid & 7) ^ (row & 7)) << 4)),
-                     "r"(v[r][0]), "r"(v[r][1]), "r"(v[r][2]), "r"(v[r][3]) : "memory");
     }
+}
+
+/* After the wait for products: until here their operands stay in these registers. */
+static __device__ __forceinline__ void tma_hold(uint32_t (&f)[4][4])
+{
+#pragma unroll
+    for (int i = 0; i < 16; i++)
+        asm volatile("" : "+r"(f[i >> 2][i & 3])::"memory");
+}
+
+/* Of a box of x: where the piece lies that a lane names to ldsm4; that of step kk is 32 kk further, by the swizzle. */
+static __device__ __forceinline__ uint32_t tma_piece(int warp, int lane)
+{
+    const int row = warp * 16 + (lane & 15);
+    return row * 128 + (((lane >> 4) ^ (row & 7)) << 4);
+}
+
+/* Keeps the compiler from working an address out again each time. */
+static __device__ __forceinline__ uint32_t tma_kept(uint32_t addr)
+{
+    asm volatile("" : "+r"(addr));
+    return addr;
 }
 
 #endif
 
-template <int TN, int N16>
+template <int TN, int N16, bool NORM>
 static __global__ void __launch_bounds__(tma_shape<TN, N16>::THREADS)
 gemm_tma_kernel(const __grid_constant__ tma_args a, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map)
 {
@@ -406,6 +456,11 @@ gemm_tma_kernel(const __grid_constant__ tma_args a, const __grid_constant__ CUte
         mbar_init(join, 1);
         mbar_publish();
     }
+    if (NORM && a.g.k % 64 != 0 && tid < 64) {      /* past the end x is zero, and no weights come: what lies there must be numbers */
+        for (int s = 0; s < S::STAGES; s++)
+            norm_w[s][tid] = 0.f;
+        wgmma_publish();
+    }
     __syncthreads();
 
     if (warp >= 4) {
@@ -415,8 +470,18 @@ gemm_tma_kernel(const __grid_constant__ tma_args a, const __grid_constant__ CUte
         const bool is_w = warp == 4;
         const uint64_t policy = is_w ? tma_policy<true>() : tma_policy<false>();
         int tile = tile0, j = 0;
-        if (!is_w)
+        auto norm_weights = [&](int s, int kb) {
+            const int bytes = NORM ? min(a.g.k - kb * 64, 64) * 4 : 0;
+            if (bytes > 0)
+                bulk_load(smem_u32(norm_w[s]), a.norm_w + kb * 64, bytes, x_full + 8 * s);
+            return bytes;
+        };
+        int early = 0;      /* boxes whose weights of the norm are asked for before the kernel before this one has ended */
+        if (!is_w) {
+            for (; NORM && early < min(len, S::STAGES); early++)
+                norm_weights(early, kb0 + early);
             pdl_wait();
+        }
         for (int i = 0; i < nu; i++) {
             const int s = i % S::STAGES, kb = kb0 + j;
             if (i >= S::STAGES)
@@ -428,10 +493,7 @@ gemm_tma_kernel(const __grid_constant__ tma_args a, const __grid_constant__ CUte
                 mbar_expect(w_full + 8 * s, S::N * 128);
                 tma_box(smem + s * S::STAGE + S::X_BYTES, &w_map, kb * 64, tile * S::N, w_full + 8 * s, policy);
             } else {
-                const int nw = a.norm_w == NULL ? 0 : min(a.g.k - kb * 64, 64) * 4;
-                mbar_expect(x_full + 8 * s, S::X_BYTES + nw);
-                if (nw > 0)
-                    bulk_load(smem_u32(norm_w[s]), a.norm_w + kb * 64, nw, x_full + 8 * s);
+                mbar_expect(x_full + 8 * s, S::X_BYTES + (i < early ? min(a.g.k - kb * 64, 64) * 4 : norm_weights(s, kb)));
                 tma_box(smem + s * S::STAGE, &x_map, kb * 64, 0, x_full + 8 * s, policy);
             }
             if (++j == len) {
@@ -445,56 +507,88 @@ gemm_tma_kernel(const __grid_constant__ tma_args a, const __grid_constant__ CUte
         return;
     }
 
-    const bool norm = a.norm_w != NULL, once = nu == len;
+    const bool once = nu == len;
     /* With tokens enough for all warps, results may go from the registers where they can. */
     const bool direct = TN > 16 && a.split == 1 && a.g.out != GEMM_BF16_ADD && a.g.out != GEMM_F32_ADD && tma_eights(a.g);
     static_assert(S::SMEM - 1024 >= 2 * TN * (S::N + 8) * 4, "parts meet in the place of the ring");
     const bool lines = tma_lines(a, once);
     float d[S::N / 2];
+    const uint32_t piece = tma_kept(smem + tma_piece(warp, lane)), weights = tma_kept(smem_u32(norm_w) + (lane & 3) * 8),
+                   full = tma_kept(w_full);
     pdl_wait();             /* y belongs to the kernels before until now */
     tma_part part = {};
     if (once && !direct)
-        part = tma_part_of<TN, S::N>(a.g, tile0 * S::N, a.split, rank, tid);
-    int i = 0;
+        part = tma_part_of<TN, S::N>(a.g, tile0 * S::N, a.split, rank, tid, !NORM);
+    int s = 0, last = 0;    /* stages of this box and of the one before */
+    uint32_t parity = 0;
+    auto next = [&]() {
+        last = s;
+        if (++s == S::STAGES) {
+            s = 0;
+            parity ^= 1;
+        }
+    };
     for (int tile = tile0; tile < n_tiles; tile += step) {
-        float ss[TN / 16] = {};
-        for (int j = 0; j < len; j++, i++) {
-            const int s = i % S::STAGES;
-            const uint32_t xs = smem + s * S::STAGE, ws = xs + S::X_BYTES;
-            mbar_wait(x_full + 8 * s, i / S::STAGES & 1);
-            if (norm) {
-                tma_norm<TN>(xs, smem_u32(norm_w[s]), a.g.k - (kb0 + j) * 64, a.w_offset, ss, tid);
-                wgmma_publish();
-                tma_sync();
+        float ss[2] = {};
+        uint32_t even[4][4] = {}, odd[4][4] = {};       /* x of this box and of the one before, which may still be read */
+        for (int j = 0; j < len; j++, next()) {
+            const uint32_t xs = smem + s * S::STAGE, ws = xs + S::X_BYTES, ready = full + 8 * s, done = full + 8 * (2 * S::STAGES + last);
+            /* f: this box's operands. Those before it are free once the products before have ended, and their stage with them. */
+            auto normed = [&](uint32_t (&f)[4][4], uint32_t (&before)[4][4]) {
+                if (warp * 16 < TN) {
+                    mbar_wait(ready + 8 * S::STAGES, parity);
+                    tma_normed(f, piece + s * S::STAGE, weights + s * 256, a.w_offset, ss);
+                }
+                mbar_wait(ready, parity);
+                wgmma_wait<0>();
+                tma_hold(before);
+                if (j > 0 && lane == 0)
+                    mbar_arrive(done);
+                wgmma_fence();
+#pragma unroll
+                for (int kk = 0; kk < 4; kk++)
+                    tma_products<S::N>(d, f[kk], ws + kk * 32, j > 0 || kk > 0);
+                wgmma_commit();
+            };
+            if (NORM) {
+                if (j & 1)
+                    normed(odd, even);
+                else
+                    normed(even, odd);
+                continue;
             }
-            mbar_wait(w_full + 8 * s, i / S::STAGES & 1);
+            mbar_wait(ready + 8 * S::STAGES, parity);
+            mbar_wait(ready, parity);
             wgmma_fence();
 #pragma unroll
             for (int kk = 0; kk < 4; kk++)
-                tma_products<S::N>(d, xs + kk * 32, ws + kk * 32, j > 0 || kk > 0);
+                tma_products<S::N>(d, wgmma_desc(xs + kk * 32, 16), ws + kk * 32, j > 0 || kk > 0);
             wgmma_commit();
             wgmma_wait<1>();
             if (j > 0 && lane == 0)
-                mbar_arrive(empty + 8 * ((i - 1) % S::STAGES));
+                mbar_arrive(done);
         }
         wgmma_wait<0>();
         wgmma_hold(d);
+        if (NORM) {
+            tma_hold(even);
+            tma_hold(odd);
+        }
         if (lane == 0)
-            mbar_arrive(empty + 8 * ((i - 1) % S::STAGES));
-        if (norm) {
+            mbar_arrive(empty + 8 * last);
+        if (NORM) {
 #pragma unroll
-            for (int r = 0; r < TN / 16; r++) {
-                float v = ss[r];
+            for (int e = 0; e < 2; e++) {
+                float v = ss[e];
                 v += __shfl_xor_sync(0xffffffffu, v, 1);
                 v += __shfl_xor_sync(0xffffffffu, v, 2);
-                v += __shfl_xor_sync(0xffffffffu, v, 4);
-                if ((lane & 7) == 0)
-                    scale[(tid >> 3) + r * 16] = rsqrtf(v / (float)a.g.k + a.eps);
+                if ((lane & 3) == 0 && warp * 16 < TN)
+                    scale[warp * 16 + (lane >> 2) + e * 8] = rsqrtf(v / (float)a.g.k + a.eps);
             }
             tma_sync();
         }
         if (once && !direct) {
-            tma_finish<TN, S::N>(a, tile * S::N, smem, d, norm ? scale : NULL, join, part, rank, tid);
+            tma_finish<TN, S::N>(a, tile * S::N, smem, d, NORM ? scale : NULL, join, part, rank, tid);
             break;
         }
         if (lines) {
@@ -503,7 +597,7 @@ gemm_tma_kernel(const __grid_constant__ tma_args a, const __grid_constant__ CUte
         }
         const int t = warp * 16 + (lane >> 2);
         if (warp * 16 < TN) {
-            const float f[2] = { norm ? scale[t] : 1.f, norm ? scale[t + 8] : 1.f };
+            const float f[2] = { NORM ? scale[t] : 1.f, NORM ? scale[t + 8] : 1.f };
             tma_store<S::N>(a.g, tile * S::N, d, t, lane, f);
         }
     }
@@ -543,7 +637,7 @@ static inline tma_plan tma_choose(const arle_device *dev, int64_t n, int64_t k, 
  * it is early done with the product before: up to 52 of 132, then, and as many none. So blocks take more than half of one thing, in turns
  * of the shared memory and of the registers, by threads that end at once. Up to 16 tokens that makes no difference.
  */
-template <int TN, int N16>
+template <int TN, int N16, bool NORM>
 static int gemm_tma_launch(arle_device *dev, cudaStream_t st, const tma_args &a)
 {
     using S = tma_shape<TN, N16>;
@@ -553,37 +647,37 @@ static int gemm_tma_launch(arle_device *dev, cudaStream_t st, const tma_args &a)
         return cuda_fail(dev, cudaErrorInvalidValue, "cuTensorMapEncodeTiled", __FILE__, __LINE__);
     if (regs == 0) {
         cudaFuncAttributes f;
-        CUDA_TRY(dev, cudaFuncGetAttributes(&f, (const void *)gemm_tma_kernel<TN, N16>));
-        CUDA_TRY(dev, share_sm((const void *)gemm_tma_kernel<TN, N16>, TN > 16));
+        CUDA_TRY(dev, cudaFuncGetAttributes(&f, (const void *)gemm_tma_kernel<TN, N16, NORM>));
+        CUDA_TRY(dev, share_sm((const void *)gemm_tma_kernel<TN, N16, NORM>, TN > 16));
         regs = (f.numRegs + 7) / 8 * 8;
     }
     bump(dev, COUNT_GEMM_TMA);
     const int64_t blocks = ceil_div(a.g.n, S::N) * a.split;
     const bool once = blocks <= dev->n_sm;
     int smem = S::SMEM + (tma_lines(a, once) ? S::LINES : 0), threads = 192;
-    const int half = (int)dev->sm_smem / 2 - 1024 + 128 - S::STATIC;
+    const int half = (int)dev->sm_smem / 2 - 1024 + 128 - S::STATIC + (NORM ? 0 : 256);     /* no scales without a norm */
     dev->tma_by_regs = smem < half && !dev->tma_by_regs;
     if (TN > 16 && dev->tma_by_regs)
         threads = 32 * (32768 / (32 * regs) + 1);
     else if (TN > 16 && smem < half)
         smem = half;
-    return launch_clusters(dev, st, a.split, gemm_tma_kernel<TN, N16>, dim3((unsigned)(once ? blocks : dev->n_sm)),
+    return launch_clusters(dev, st, a.split, gemm_tma_kernel<TN, N16, NORM>, dim3((unsigned)(once ? blocks : dev->n_sm)),
                            dim3(threads < 192 ? 192 : threads > S::THREADS ? S::THREADS : threads), smem, a, w, x);
 }
 
-template <int TN>
+template <int TN, bool NORM>
 static int gemm_tma_tokens(arle_device *dev, cudaStream_t st, tma_args a)
 {
     const tma_plan p = tma_choose(dev, a.g.n, a.g.k, TN, a.norm_w != NULL ? 1 : 8);
     a.split = p.split;
     switch (p.n16) {
-    case 4: return gemm_tma_launch<TN, 4>(dev, st, a);
-    case 5: return gemm_tma_launch<TN, 5>(dev, st, a);
-    case 6: return gemm_tma_launch<TN, 6>(dev, st, a);
-    case 7: return gemm_tma_launch<TN, 7>(dev, st, a);
-    case 8: return gemm_tma_launch<TN, 8>(dev, st, a);
-    case 9: return gemm_tma_launch<TN, 9>(dev, st, a);
-    default: return gemm_tma_launch<TN, 10>(dev, st, a);
+    case 4: return gemm_tma_launch<TN, 4, NORM>(dev, st, a);
+    case 5: return gemm_tma_launch<TN, 5, NORM>(dev, st, a);
+    case 6: return gemm_tma_launch<TN, 6, NORM>(dev, st, a);
+    case 7: return gemm_tma_launch<TN, 7, NORM>(dev, st, a);
+    case 8: return gemm_tma_launch<TN, 8, NORM>(dev, st, a);
+    case 9: return gemm_tma_launch<TN, 9, NORM>(dev, st, a);
+    default: return gemm_tma_launch<TN, 10, NORM>(dev, st, a);
     }
 }
 
@@ -591,7 +685,7 @@ static inline bool tma_ready(arle_device *dev)
 {
     if (dev->tma_code != 0)
         return dev->tma_code > 0;
-    const void *kernel = (const void *)gemm_tma_kernel<16, 4>;
+    const void *kernel = (const void *)gemm_tma_kernel<16, 4, false>;
     const int alone = (int)dev->max_smem - 8192;       /* no two blocks have so much; some of it is static */
     dev->tma_code = has_code(kernel) ? 1 : -1;
     for (int i = 0; i < 4 && dev->tma_code > 0; i++) {
@@ -631,12 +725,18 @@ static inline bool gemm_tma_fits(arle_device *dev, const gemm_args &a, bool norm
         || (tma_eights(a) && a.out != GEMM_BF16_ADD && a.out != GEMM_F32_ADD);
 }
 
+template <bool NORM>
+static int gemm_tma_rows(arle_device *dev, cudaStream_t st, const tma_args &a)
+{
+    return a.g.rows <= 16   ? gemm_tma_tokens<16, NORM>(dev, st, a)
+           : a.g.rows <= 32 ? gemm_tma_tokens<32, NORM>(dev, st, a)
+                            : gemm_tma_tokens<64, NORM>(dev, st, a);
+}
+
 /** The product of a.g (its `out` as given), after the norm where norm_w is given; call where gemm_tma_fits. */
 static int gemm_tma(arle_device *dev, cudaStream_t st, const tma_args &a)
 {
-    return a.g.rows <= 16   ? gemm_tma_tokens<16>(dev, st, a)
-           : a.g.rows <= 32 ? gemm_tma_tokens<32>(dev, st, a)
-                            : gemm_tma_tokens<64>(dev, st, a);
+    return a.norm_w != NULL ? gemm_tma_rows<true>(dev, st, a) : gemm_tma_rows<false>(dev, st, a);
 }
 
 #endif

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kWarps * 32) prepare_kernel(prepare_args a)
 
 /* ---- prefill of the usual shape: heads of 256, rotation of the first 64, bf16 cache ------------------------------------------------- */
 
-const int kFewTokens = 8, kManyNew = 32;        /* new tokens of a sequence from which on a warp takes a whole token: fewer are too few warps */
+const int kFewTokens = 64, kManyNew = 32;        /* new tokens of a sequence from which on a warp takes a whole token: fewer are too few warps */
 
 /* Lane l holds elements 8 l .. 8 l + 7 of each head, half of whose rotated pairs are four lanes away. cs: of angle (8 l + e) % 32. */
 __device__ __forceinline__ uint4 prepared_head(uint4 raw, const float (&w)[8], bool norm, float eps, const float2 (&cs)[8], float rope_scale,
