@@ -87,6 +87,7 @@ __global__ void direct_copy_kernel(char *dst, const char *src, int bytes)
     else
         for (int i = at; i < bytes; i++)
             dst[i] = __ldcv(src + i);
+    __threadfence();        /* a kernel further on may read a step's arrays before its wait, which is for the kernel before it */
 }
 
 bool copies_directly(const void *dst, const void *src, size_t bytes, uint32_t dir)
