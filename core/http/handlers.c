@@ -1,7 +1,6 @@
 /* The route table and the endpoints that answer at once: models, health, tokenize, detokenize, render. */
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include <json-c/json.h>
 
@@ -11,6 +10,7 @@
 #include "http/internal.h"
 #include "http/json_in.h"
 #include "http/messages_in.h"
+#include "util/clock.h"
 #include "util/jfield.h"
 
 const struct route http_routes[] = {
@@ -64,15 +64,11 @@ int find_model(struct conn *cn, const char *name, struct served_model **out, str
 /* What OpenAI's and what Anthropic's dialect call a model, in one object. */
 static void put_model(struct sbuf *b, const struct served_model *m)
 {
-    char created[32];
-    time_t at = (time_t)m->created_s;
-    struct tm tm;
-    gmtime_r(&at, &tm);
-    strftime(created, sizeof created, "%Y-%m-%dT%H:%M:%SZ", &tm);
+    char created[CLOCK_STAMP_BYTES];
     sbuf_str(b, "{\"id\":");
     sbuf_json_cstr(b, m->name);
     sbuf_fmt(b, ",\"object\":\"model\",\"created\":%lld,\"owned_by\":\"arle\",\"type\":\"model\",\"created_at\":\"%s\",\"display_name\":",
-             (long long)m->created_s, created);
+             (long long)m->created_s, clock_stamp(created, m->created_s));
     sbuf_json_cstr(b, m->name);
     sbuf_fmt(b, ",\"max_model_len\":%u,\"architecture\":", served_context(m));
     sbuf_json_cstr(b, engine_model(m->engine)->arch);

@@ -75,12 +75,8 @@ static void emit(enum arle_log_level level, int64_t now_ms, const char *text)
     if (sink == NULL && under_journal()) {
         n = snprintf(line, sizeof line, "<%d>%s %s\n", syslog_priority[level], level_words[level], text);
     } else {
-        time_t sec = (time_t)(now_ms / 1000);
-        struct tm tm;
-        char stamp[32];
-        gmtime_r(&sec, &tm);
-        strftime(stamp, sizeof stamp, "%Y-%m-%dT%H:%M:%SZ", &tm);
-        n = snprintf(line, sizeof line, "%s %s %s\n", stamp, level_words[level], text);
+        char stamp[CLOCK_STAMP_BYTES];
+        n = snprintf(line, sizeof line, "%s %s %s\n", clock_stamp(stamp, now_ms / 1000), level_words[level], text);
     }
     if (sink != NULL) {
         sink(sink_arg, line, (size_t)n);

@@ -108,20 +108,24 @@ __device__ __forceinline__ uint32_t tf32(float x)
     return r;
 }
 
+__device__ __forceinline__ void mma_tf32(float *d, const uint32_t *a, uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 /* acc (16 x 16 as two 16 x 8) += L R, both 16 x 16 f32 tiles in shared memory with row stride kLd; tf32 products. */
 __device__ __forceinline__ void tile_mma(float acc[2][4], const float *L, const float *R, int lane)
 {
     const int g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int k = 0; k < 16; k += 8) {
-        uint32_t a0 = tf32(L[g * kLd + k + t]), a1 = tf32(L[(g + 8) * kLd + k + t]);
-        uint32_t a2 = tf32(L[g * kLd + k + t + 4]), a3 = tf32(L[(g + 8) * kLd + k + t + 4]);
+        const uint32_t a[4] = { tf32(L[g * kLd + k + t]), tf32(L[(g + 8) * kLd + k + t]), tf32(L[g * kLd + k + t + 4]),
+                                tf32(L[(g + 8) * kLd + k + t + 4]) };
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             uint32_t b0 = tf32(R[(k + t) * kLd + n * 8 + g]), b1 = tf32(R[(k + t + 4) * kLd + n * 8 + g]);
-            asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                         : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])
-                         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+            mma_tf32(acc[n], a, b0, b1);
         }
     }
 }

@@ -6,8 +6,8 @@
 
 namespace {
 
-/* Shared memory: K, Q, P, decays (helper: K, A, decays); then W and U, outputs, state, Vn. */
-const int kPairStage = (kKQ + kChunk * kChunk * 2 + 2 * kChunk * 4 + 1023) / 1024 * 1024, kHelpStage = kTile + kChunk * kChunk * 2 + 1024;
+/* Shared memory: kPairStage each (helper: K, A, decays); then W and U, outputs, state, Vn. */
+const int kHelpStage = kTile + kHalf + 1024;
 const int kPairTiles = (kStages * (kHelpStage + 2 * kRawTile) + 1023) / 1024 * 1024, kWu = kTile + kColTile;
 const int kPairSmem = 1024 + kPairTiles + 2 * kWu + 4 * kColTile + kTile;
 static_assert(kStages * kPairStage <= kPairTiles, "v before the convolution lies behind the helper's tiles");
@@ -76,7 +76,7 @@ __device__ __forceinline__ void pair_state(const gdn_args &a, const walk &k)
     };
     /* What chunk c needs beside S: U, where the product with -W is added, and decays. */
     auto take = [&](int c, int at) {
-        const uint32_t u_s = k.wu + (c & 1) * kWu + kTile + tid * 16, e_s = k.stage + at * kPairStage + kKQ + kChunk * kChunk * 2;
+        const uint32_t u_s = k.wu + (c & 1) * kWu + kTile + tid * 16, e_s = k.stage + at * kPairStage + kKQ + kHalf;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint32_t u[4];
@@ -161,18 +161,18 @@ __device__ __forceinline__ void pair_state(const gdn_args &a, const walk &k)
 __device__ __forceinline__ void pair_products(const gdn_args &a, const walk &k)
 {
     const int tid = threadIdx.x & 127, w = tid >> 5, lane = tid & 31, tq = lane & 3;
-    const int row = w * 16 + ((lane >> 3) & 1) * 8 + (lane & 7), right = lane >> 4, half = kChunk * kChunk * 2;
+    const int row = w * 16 + ((lane >> 3) & 1) * 8 + (lane & 7), right = lane >> 4;
     const int64_t kq_step = (int64_t)a.n_k * kKQ, rec_step = (int64_t)a.n_v * kRec;
     const unsigned char *kq = a.kq + k.id0 * kq_step + k.kh * kKQ, *rec = a.rec + k.id0 * rec_step + k.h * kRec;
     /* Tiles of a chunk are asked for by two warps. */
     auto ask = [&](int at) {
         const uint32_t full = smem_u32(&k.bars->full[at]), stage = k.stage + at * kHelpStage;
         if (tid == 32) {
-            mbar_expect(full, kTile + half + kChunk * 4);
+            mbar_expect(full, kTile + kHalf + kChunk * 4);
             bulk_load(stage, kq, kTile, full);
         } else if (tid == 64) {
-            bulk_load(stage + kTile, rec, half, full);
-            bulk_load(stage + kTile + half, rec + 2 * half, kChunk * 4, full);
+            bulk_load(stage + kTile, rec, kHalf, full);
+            bulk_load(stage + kTile + kHalf, rec + 2 * kHalf, kChunk * 4, full);
         }
         kq += kq_step;
         rec += rec_step;
@@ -190,7 +190,7 @@ __device__ __forceinline__ void pair_products(const gdn_args &a, const walk &k)
             ldsm4(am + 4 * ks, a_s + at64(row, 2 * ks + right));
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(e[j].x), "=f"(e[j].y) : "r"(a_s + half + j * 32 + 8 * tq));
+            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(e[j].x), "=f"(e[j].y) : "r"(a_s + kHalf + j * 32 + 8 * tq));
     };
     auto scale = [&] {
 #pragma unroll
@@ -258,42 +258,25 @@ __device__ __forceinline__ void pair_outputs(const walk &k)
     const int row = w * 16 + ((lane >> 3) & 1) * 8 + (lane & 7), right = lane >> 4;
     float o[32];
     for (int c = 0, at = 0, phase = 0; c < k.n_chunks; c++) {
-        const uint32_t q_s = k.stage + at * kPairStage + kTile, p_s = q_s + kTile, e_s = p_s + kChunk * kChunk * 2;
+        const uint32_t q_s = k.stage + at * kPairStage + kTile, p_s = q_s + kTile, e_s = p_s + kHalf;
         mbar_sleep(smem_u32(&k.bars->full[at]), phase);
         float e0, e1;
         asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e0) : "r"(e_s + (w * 16 + (lane >> 2)) * 4));
         asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e1) : "r"(e_s + (w * 16 + (lane >> 2) + 8) * 4));
         mbar_sleep(smem_u32(&k.bars->s_full), c & 1);
         wgmma_publish();        /* here, and not where the serial part would have to wait for it */
-        wgmma_fence();
-#pragma unroll
-        for (int ks = 0; ks < 8; ks++)
-            wgmma_ss(o, panel_step(panels(q_s), ks), panel_step(panels(k.state), ks), ks > 0);
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_hold(o);
+        whole_product<8>(o, q_s, k.state, 0);
         warp_arrive(smem_u32(&k.bars->s_empty));
 #pragma unroll
         for (int i = 0; i < 32; i++)
             o[i] *= i & 2 ? e1 : e0;
         mbar_sleep(smem_u32(&k.bars->d_full), c & 1);
         wgmma_publish();
-        wgmma_fence();
-#pragma unroll
-        for (int ks = 0; ks < 4; ks++)
-            wgmma_ss(o, panel_step(panels(p_s), ks), panel_step(panels(k.delta), ks), 1);
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_hold(o);
+        whole_product<4>(o, p_s, k.delta, 1);
         warp_arrive(smem_u32(&k.bars->d_empty));
         warp_arrive(smem_u32(&k.bars->empty[at]));
         mbar_sleep(smem_u32(&k.bars->o_empty[at]), phase ^ 1);
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            const uint32_t r[4] = { pack2(o[4 * j], o[4 * j + 1]), pack2(o[4 * j + 2], o[4 * j + 3]), pack2(o[4 * j + 4], o[4 * j + 5]),
-                                    pack2(o[4 * j + 6], o[4 * j + 7]) };
-            stsm4(k.o + at * kColTile + at64(row, j + right), r);
-        }
+        store_outputs(o, k.o + at * kColTile, row, right);
         wgmma_publish();
         warp_arrive(smem_u32(&k.bars->o_full[at]));
         if (++at == kStages) {
@@ -308,7 +291,7 @@ __device__ __forceinline__ void pair_outputs(const walk &k)
 __device__ __forceinline__ void pair_gate(const gdn_args &a, const walk &k, int first)
 {
     const int tid = threadIdx.x & 127, piece = tid & 7, row0 = tid >> 3;
-    const int col = k.h * kDim + k.cb * kWalkCols + piece * 8, ld = (int)a.ld_proj, ld_out = (int)a.ld_out;
+    const int col = k.h * kDim + k.cb * kWalkCols + piece * 8, ld_out = (int)a.ld_out;
     const float4 *w4 = (const float4 *)(a.norm_w + k.cb * kWalkCols + piece * 8);
     const float4 wa = w4[0], wb = w4[1];
     const float wn[8] = { wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w };
@@ -316,37 +299,19 @@ __device__ __forceinline__ void pair_gate(const gdn_args &a, const walk &k, int 
     const uint32_t from = k.o + first * kColTile + at64(row0, piece);
     const uint32_t o_full = smem_u32(&k.bars->o_full[first]), o_empty = of_rank(smem_u32(&k.bars->o_empty[first]), 0);
     uint4 zv[4];
-    auto ask = [&](int c) {
-        const bf16 *row = a.proj + (int64_t)(k.t0 + c * kChunk + row0) * ld + a.z_off + col;
-#pragma unroll
-        for (int p = 0; p < 4; p++)
-            zv[p] = c * kChunk + p * 16 + row0 < k.n ? *(const uint4 *)(row + (int64_t)p * 16 * ld) : make_uint4(0, 0, 0, 0);
-    };
     pdl_wait();         /* `tile` clears the sums, and reads the convolution state */
-    ask(first);
+    gate_ask(zv, a, k, first, row0, col);
     for (int c = first, turn = 0; c < k.n_chunks; c += kTurns, turn ^= 1) {
         uint4 ov[4];
         float ss[4];
         if (first == 0 && tid == 0)
             mbar_expect(o_full, kColTile);
         mbar_sleep(o_full, turn);
-#pragma unroll
-        for (int p = 0; p < 4; p++)
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(ov[p].x), "=r"(ov[p].y), "=r"(ov[p].z), "=r"(ov[p].w)
-                         : "r"(from + p * 16 * 128));
+        gate_outputs(ov, from);
         __syncwarp();
         if ((tid & 31) == 0)
             mbar_arrive_at(o_empty);
-#pragma unroll
-        for (int p = 0; p < 4; p++) {
-            float2 f = unpack2(ov[p].x), f1 = unpack2(ov[p].y), f2 = unpack2(ov[p].z), f3 = unpack2(ov[p].w);
-            ss[p] = f.x * f.x + f.y * f.y + f1.x * f1.x + f1.y * f1.y + f2.x * f2.x + f2.y * f2.y + f3.x * f3.x + f3.y * f3.y;
-        }
-#pragma unroll
-        for (int d = 1; d < 8; d <<= 1)
-#pragma unroll
-            for (int p = 0; p < 4; p++)
-                ss[p] += __shfl_xor_sync(0xffffffffu, ss[p], d);
+        gate_squares(ov, ss);
         float far[4], y[4][8];
         unsigned char *mine = posted + (k.cb * 2 * kTurns + first + turn * kTurns) * kChunk * 8 + (piece & 1) * 16;
         const unsigned char *theirs = posted + ((k.cb ^ 1) * 2 * kTurns + first + turn * kTurns) * kChunk * 8;
@@ -391,14 +356,14 @@ __device__ __forceinline__ void pair_gate(const gdn_args &a, const walk &k, int 
                     make_uint4(pack2(rho * y[p][0], rho * y[p][1]), pack2(rho * y[p][2], rho * y[p][3]),
                                pack2(rho * y[p][4], rho * y[p][5]), pack2(rho * y[p][6], rho * y[p][7]));
         }
-        ask(c + kTurns);
+        gate_ask(zv, a, k, c + kTurns, row0, col);
     }
 }
 
 /* The state's block, a thread each: some outputs go to the helper, W and U are expected, tiles asked for. */
 __device__ __forceinline__ void pair_relay(const gdn_args &a, const walk &k)
 {
-    const int warp = (threadIdx.x >> 5) & 3, half = kChunk * kChunk * 2;
+    const int warp = (threadIdx.x >> 5) & 3;
     pdl_wait();
     if ((threadIdx.x & 31) == 0)
         for (int c = 0, at = 0, phase = 0; c < k.n_chunks; c++) {
@@ -412,9 +377,9 @@ __device__ __forceinline__ void pair_relay(const gdn_args &a, const walk &k)
             } else if (warp == 2) {
                 const uint32_t full = smem_u32(&k.bars->full[at]), to = k.stage + at * kPairStage;
                 mbar_sleep(smem_u32(&k.bars->empty[at]), phase ^ 1);
-                mbar_expect(full, kKQ + kRec - half);
+                mbar_expect(full, kKQ + kRec - kHalf);
                 bulk_load(to, a.kq + ((k.id0 + c) * a.n_k + k.kh) * kKQ, kKQ, full);
-                bulk_load(to + kKQ, a.rec + ((k.id0 + c) * a.n_v + k.h) * kRec + half, kRec - half, full);
+                bulk_load(to + kKQ, a.rec + ((k.id0 + c) * a.n_v + k.h) * kRec + kHalf, kRec - kHalf, full);
             }
             if (++at == kStages) {
                 at = 0;

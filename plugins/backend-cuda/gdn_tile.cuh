@@ -18,11 +18,11 @@ namespace {
  *          U = A V, W = A diag(e^gamma) K.
  * What passes between them is K and Q [2][64][128] and A and P [2][64][64], bf16 in swizzled panels, and the two decays in f32.
  */
-const int kKQ = 2 * kTile, kRec = 2 * kChunk * kChunk * 2 + 2 * kChunk * 4;
+const int kHalf = kChunk * kChunk * 2, kKQ = 2 * kTile, kRec = 2 * kHalf + 2 * kChunk * 4;     /* bytes of A or P; of both tiles; of a record */
 const int kWalkCols = 64, kStages = 3, kStage = (kKQ + kRec + 1023) / 1024 * 1024;
+const int kPairStage = (kKQ + kHalf + 2 * kChunk * 4 + 1023) / 1024 * 1024;     /* of the state's block in a pair: K, Q, P, decays */
 const int kColTile = kChunk * kWalkCols * 2, kRawTile = (kChunk + 3) * kWalkCols * 2;
 const int kWalkSmem = 1024 + kStages * kStage + 5 * kColTile + kTile + 2 * kRawTile, kWalkThreads = 640;
-const int kHalf = kChunk * kChunk * 2;                              /* bytes of A or P */
 const int kTriTile = 16 * 16 * 4, kTriangle = 10 * kTriTile;        /* of a tile of the triangle; of those on and below its diagonal */
 const int kTileSmem = 1024 + kKQ + 2 * kTriangle + 8 * kChunk * 4;
 
@@ -296,12 +296,6 @@ __device__ __forceinline__ void put4(uint32_t addr, float x, float y, float z, f
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(tf32(x)), "r"(tf32(y)), "r"(tf32(z)), "r"(tf32(w)) : "memory");
 }
 
-__device__ __forceinline__ void mma_tf32(float *d, const uint32_t *a, uint32_t b0, uint32_t b1)
-{
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 /* d += X T^T, with X as operand_of left it and the tile T at addr. */
 __device__ __forceinline__ void mma_tile(float (&d)[8], const uint32_t (&x)[8], uint32_t addr)
 {
@@ -321,6 +315,19 @@ __device__ __forceinline__ void operand_of(uint32_t (&x)[8], const float (&d)[8]
         x[i] = tf32(d[(i & 4) | (i & 1) << 1 | (i >> 1 & 1)]);
 }
 
+/* Products of two rows, with sums of gates ga0 and ga1, and of 16 columns, with gam (from a lane's first one on), times the decay between. */
+__device__ __forceinline__ void decayed(float (&x)[8], const float *v, float ga0, float ga1, const float *gam)
+{
+#pragma unroll
+    for (int ks = 0; ks < 2; ks++) {
+        const float2 gc = *(const float2 *)(gam + ks * 8);
+        x[4 * ks] = v[4 * ks] * exp2_fast(ga0 - gc.x);
+        x[4 * ks + 1] = v[4 * ks + 1] * exp2_fast(ga0 - gc.y);
+        x[4 * ks + 2] = v[4 * ks + 2] * exp2_fast(ga1 - gc.x);
+        x[4 * ks + 3] = v[4 * ks + 3] * exp2_fast(ga1 - gc.y);
+    }
+}
+
 /* From K K^T this warp's row of tiles of the triangle. That on the diagonal is returned in f32, two values of each of its quarters: lower
  * right, lower left, upper left. */
 __device__ __forceinline__ void triangle_row(const float (&d)[32], uint32_t tri, const float *gam, const float *bet, float (&on)[6], int w,
@@ -333,15 +340,7 @@ __device__ __forceinline__ void triangle_row(const float (&d)[32], uint32_t tri,
         if (k > w)
             break;
         float x[8];
-#pragma unroll
-        for (int ks = 0; ks < 2; ks++) {
-            const float2 gc = *(const float2 *)(gam + k * 16 + ks * 8 + 2 * tq);
-            const float *v = d + 8 * k + 4 * ks;
-            x[4 * ks] = v[0] * exp2_fast(ga0 - gc.x);
-            x[4 * ks + 1] = v[1] * exp2_fast(ga0 - gc.y);
-            x[4 * ks + 2] = v[2] * exp2_fast(ga1 - gc.x);
-            x[4 * ks + 3] = v[3] * exp2_fast(ga1 - gc.y);
-        }
+        decayed(x, d + 8 * k, ga0, ga1, gam + k * 16 + 2 * tq);
         if (k < w) {
             put4(tri + below(w, k) + lane * 16, x[0], x[1], x[2], x[3]);
             put4(tri + below(w, k) + lane * 16 + 512, x[4], x[5], x[6], x[7]);
@@ -450,15 +449,7 @@ __device__ __forceinline__ void mask_outputs(const float (&d)[32], uint32_t p, c
         uint32_t r[4] = {};
         if (k <= w) {
             float x[8];
-#pragma unroll
-            for (int ks = 0; ks < 2; ks++) {
-                const float2 gc = *(const float2 *)(gam + k * 16 + ks * 8 + 2 * tq);
-                const float *v = d + 8 * k + 4 * ks;
-                x[4 * ks] = v[0] * exp2_fast(ga0 - gc.x);
-                x[4 * ks + 1] = v[1] * exp2_fast(ga0 - gc.y);
-                x[4 * ks + 2] = v[2] * exp2_fast(ga1 - gc.x);
-                x[4 * ks + 3] = v[3] * exp2_fast(ga1 - gc.y);
-            }
+            decayed(x, d + 8 * k, ga0, ga1, gam + k * 16 + 2 * tq);
             if (k == w) {       /* above the diagonal it may have overflowed */
                 x[0] = g >= 2 * tq ? x[0] : 0.f;
                 x[1] = g >= 2 * tq + 1 ? x[1] : 0.f;

@@ -8,21 +8,6 @@ namespace {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-/* d (+)= A B: A 64 x 16 in registers, B^T 64 x 16 in shared memory with the inner dimension contiguous. */
-__device__ __forceinline__ void wgmma_reg_64x64(float (&d)[32], const uint32_t *a, uint64_t b, int accumulate)
-{
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
-                 " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                 "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-}
-
 /* d (+)= A B: A 64 x 16 in registers, B 16 x 128 in shared memory, its 128 contiguous. */
 __device__ __forceinline__ void wgmma_64x128(float (&d)[64], const uint32_t *a, uint64_t b, int accumulate = 1)
 {
@@ -90,7 +75,7 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
     auto take_tiles = [&](int at, int phase) {
         mbar_sleep(smem_u32(&k.bars->full[at]), phase);
         asm volatile("ld.shared.f32 %0, [%1];" : "=f"(last)
-                     : "r"(k.stage + at * kStage + kKQ + 2 * kChunk * kChunk * 2 + (kChunk - 1) * 4));
+                     : "r"(k.stage + at * kStage + kKQ + 2 * kHalf + (kChunk - 1) * 4));
     };
     /* S becomes the operand of K S and of the outputs' Q S, and then what the chunk leaves of it. */
     auto ask_state = [&](int at) {
@@ -120,7 +105,7 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
     take_tiles(0, 0);
     ask_state(0);
     for (int c = 0, at = 0, phase = 0; c < k.n_chunks; c++) {
-        const uint32_t k_s = k.stage + at * kStage, a_s = k_s + kKQ, eg_s = a_s + 2 * kChunk * kChunk * 2 + 8 * tq;
+        const uint32_t k_s = k.stage + at * kStage, a_s = k_s + kKQ, eg_s = a_s + 2 * kHalf + 8 * tq;
         auto decay2 = [&](int j, int which) {
             float2 e;
             asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(e.x), "=f"(e.y) : "r"(eg_s + which * kChunk * 4 + j * 32));
@@ -188,6 +173,29 @@ __device__ __forceinline__ void walk_state(const gdn_args &a, const walk &k)
     store(s_state(a, k.s, k.h));
 }
 
+/* d (+)= A B^T, 16 STEPS columns of each in panels; done when this returns. */
+template <int STEPS> __device__ __forceinline__ void whole_product(float (&d)[32], uint32_t a, uint32_t b, int accumulate)
+{
+    wgmma_fence();
+#pragma unroll
+    for (int ks = 0; ks < STEPS; ks++)
+        wgmma_ss(d, panel_step(panels(a), ks), panel_step(panels(b), ks), accumulate || ks > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_hold(d);
+}
+
+/* A warpgroup's outputs, tokens along the rows, to the tile at `to`. */
+__device__ __forceinline__ void store_outputs(const float (&o)[32], uint32_t to, int row, int right)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+        const uint32_t r[4] = { pack2(o[4 * j], o[4 * j + 1]), pack2(o[4 * j + 2], o[4 * j + 3]), pack2(o[4 * j + 4], o[4 * j + 5]),
+                                pack2(o[4 * j + 6], o[4 * j + 7]) };
+        stsm4(to + at64(row, j + right), r);
+    }
+}
+
 /* Outputs, tokens along the rows: O = e^gamma Q S + P Vn. One of its threads asks for the tiles. */
 __device__ __forceinline__ void walk_outputs(const gdn_args &a, const walk &k)
 {
@@ -206,40 +214,23 @@ __device__ __forceinline__ void walk_outputs(const gdn_args &a, const walk &k)
             ask(c, c);
     }
     for (int c = 0, at = 0, phase = 0; c < k.n_chunks; c++) {
-        const uint32_t q_s = k.stage + at * kStage + kTile, p_s = q_s + kTile + kChunk * kChunk * 2;
+        const uint32_t q_s = k.stage + at * kStage + kTile, p_s = q_s + kTile + kHalf;
         mbar_sleep(smem_u32(&k.bars->full[at]), phase);
         float e0, e1;
-        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e0) : "r"(p_s + kChunk * kChunk * 2 + (w * 16 + (lane >> 2)) * 4));
-        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e1) : "r"(p_s + kChunk * kChunk * 2 + (w * 16 + (lane >> 2) + 8) * 4));
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e0) : "r"(p_s + kHalf + (w * 16 + (lane >> 2)) * 4));
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e1) : "r"(p_s + kHalf + (w * 16 + (lane >> 2) + 8) * 4));
         mbar_sleep(smem_u32(&k.bars->s_full), c & 1);
-        wgmma_fence();
-#pragma unroll
-        for (int ks = 0; ks < 8; ks++)
-            wgmma_ss(o, panel_step(panels(q_s), ks), panel_step(panels(k.state), ks), ks > 0);
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_hold(o);
+        whole_product<8>(o, q_s, k.state, 0);
         warp_arrive(smem_u32(&k.bars->s_empty));
 #pragma unroll
         for (int i = 0; i < 32; i++)
             o[i] *= i & 2 ? e1 : e0;
         mbar_sleep(smem_u32(&k.bars->d_full), c & 1);
-        wgmma_fence();
-#pragma unroll
-        for (int ks = 0; ks < 4; ks++)
-            wgmma_ss(o, panel_step(panels(p_s), ks), panel_step(panels(k.delta), ks), 1);
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_hold(o);
+        whole_product<4>(o, p_s, k.delta, 1);
         warp_arrive(smem_u32(&k.bars->d_empty));
         warp_arrive(smem_u32(&k.bars->empty[at]));
         mbar_sleep(smem_u32(&k.bars->o_empty[c & 1]), ((c >> 1) & 1) ^ 1);
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            const uint32_t r[4] = { pack2(o[4 * j], o[4 * j + 1]), pack2(o[4 * j + 2], o[4 * j + 3]), pack2(o[4 * j + 4], o[4 * j + 5]),
-                                    pack2(o[4 * j + 6], o[4 * j + 7]) };
-            stsm4(k.o + (c & 1) * kColTile + at64(row, j + right), r);
-        }
+        store_outputs(o, k.o + (c & 1) * kColTile, row, right);
         warp_arrive(smem_u32(&k.bars->o_full[c & 1]));
         if (tid == 0 && c + kStages < k.n_chunks) {
             mbar_sleep(smem_u32(&k.bars->empty[at]), phase);
@@ -336,11 +327,45 @@ template <bool SPLIT> __device__ __forceinline__ void walk_values(const gdn_args
     }
 }
 
+/* The z of four tokens of chunk c, 16 apart from row0 on, zero past the end. */
+__device__ __forceinline__ void gate_ask(uint4 (&zv)[4], const gdn_args &a, const walk &k, int c, int row0, int col)
+{
+    const int ld = (int)a.ld_proj;
+    const bf16 *row = a.proj + (int64_t)(k.t0 + c * kChunk + row0) * ld + a.z_off + col;
+#pragma unroll
+    for (int p = 0; p < 4; p++)
+        zv[p] = c * kChunk + p * 16 + row0 < k.n ? *(const uint4 *)(row + (int64_t)p * 16 * ld) : make_uint4(0, 0, 0, 0);
+}
+
+/* Four tokens, 16 apart, of outputs: eight columns of each, from `from` on. */
+__device__ __forceinline__ void gate_outputs(uint4 (&ov)[4], uint32_t from)
+{
+#pragma unroll
+    for (int p = 0; p < 4; p++)
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(ov[p].x), "=r"(ov[p].y), "=r"(ov[p].z), "=r"(ov[p].w)
+                     : "r"(from + p * 16 * 128));
+}
+
+/* Their squares, summed over the 8 threads that have the 64 columns of a token. */
+__device__ __forceinline__ void gate_squares(const uint4 (&ov)[4], float (&ss)[4])
+{
+#pragma unroll
+    for (int p = 0; p < 4; p++) {
+        float2 f = unpack2(ov[p].x), f1 = unpack2(ov[p].y), f2 = unpack2(ov[p].z), f3 = unpack2(ov[p].w);
+        ss[p] = f.x * f.x + f.y * f.y + f1.x * f1.x + f1.y * f1.y + f2.x * f2.x + f2.y * f2.y + f3.x * f3.x + f3.y * f3.y;
+    }
+#pragma unroll
+    for (int d = 1; d < 8; d <<= 1)
+#pragma unroll
+        for (int p = 0; p < 4; p++)
+            ss[p] += __shfl_xor_sync(0xffffffffu, ss[p], d);
+}
+
 /* Norm and gate of every second chunk: 8 threads have a token's 64 columns, the other block sums the squares of the other 64. */
 __device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k, int first)
 {
     const int tid = threadIdx.x & 127, piece = tid & 7, row0 = tid >> 3;
-    const int col = k.h * kDim + k.cb * kWalkCols + piece * 8, ld = (int)a.ld_proj, ld_out = (int)a.ld_out;
+    const int col = k.h * kDim + k.cb * kWalkCols + piece * 8, ld_out = (int)a.ld_out;
     const float4 *w4 = (const float4 *)(a.norm_w + k.cb * kWalkCols + piece * 8);
     const float4 wa = w4[0], wb = w4[1];
     const float wn[8] = { wa.x, wa.y, wa.z, wa.w, wb.x, wb.y, wb.z, wb.w };
@@ -348,32 +373,14 @@ __device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k, int 
     const uint32_t far_sums = of_rank(sums, k.cb ^ 1), far_peer = of_rank(peer, k.cb ^ 1);
     const uint32_t from = k.o + first * kColTile + at64(row0, piece);
     uint4 zv[4];
-    auto ask = [&](int c) {
-        const bf16 *row = a.proj + (int64_t)(k.t0 + c * kChunk + row0) * ld + a.z_off + col;
-#pragma unroll
-        for (int p = 0; p < 4; p++)
-            zv[p] = c * kChunk + p * 16 + row0 < k.n ? *(const uint4 *)(row + (int64_t)p * 16 * ld) : make_uint4(0, 0, 0, 0);
-    };
     pdl_wait();         /* `tile` clears the sums, and reads the convolution state */
-    ask(first);
+    gate_ask(zv, a, k, first, row0, col);
     for (int c = first; c < k.n_chunks; c += 2) {
         uint4 ov[4];
         float ss[4];
         mbar_sleep(smem_u32(&k.bars->o_full[first]), (c >> 1) & 1);
-#pragma unroll
-        for (int p = 0; p < 4; p++)
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(ov[p].x), "=r"(ov[p].y), "=r"(ov[p].z), "=r"(ov[p].w)
-                         : "r"(from + p * 16 * 128));
-#pragma unroll
-        for (int p = 0; p < 4; p++) {
-            float2 f = unpack2(ov[p].x), f1 = unpack2(ov[p].y), f2 = unpack2(ov[p].z), f3 = unpack2(ov[p].w);
-            ss[p] = f.x * f.x + f.y * f.y + f1.x * f1.x + f1.y * f1.y + f2.x * f2.x + f2.y * f2.y + f3.x * f3.x + f3.y * f3.y;
-        }
-#pragma unroll
-        for (int d = 1; d < 8; d <<= 1)
-#pragma unroll
-            for (int p = 0; p < 4; p++)
-                ss[p] += __shfl_xor_sync(0xffffffffu, ss[p], d);
+        gate_outputs(ov, from);
+        gate_squares(ov, ss);
         float far[4];
         /* Stores that complete a transaction: an arrival that releases would wait for all stores of outputs before it. Two places in
          * turn: the other block may send the next sums before these are read, but not those after, which need this block's next. */
@@ -412,7 +419,7 @@ __device__ __forceinline__ void walk_gate(const gdn_args &a, const walk &k, int 
             if (c * kChunk + p * 16 + row0 < k.n)
                 *(uint4 *)(row + (int64_t)p * 16 * ld_out) = make_uint4(r[0], r[1], r[2], r[3]);
         }
-        ask(c + 2);
+        gate_ask(zv, a, k, c + 2, row0, col);
     }
 }
 

@@ -9,26 +9,25 @@ pthread_mutex_t blocks_mu = PTHREAD_MUTEX_INITIALIZER;      /* guards blocks and
 block *blocks[256];
 block *pinned;          /* host memory: a few staging areas */
 
-unsigned slot_of(const void *p) { return (unsigned)(((uintptr_t)p >> 8) * 2654435761u >> 24) & 255u; }
+block **list_of(const void *p) { return &blocks[(unsigned)(((uintptr_t)p >> 8) * 2654435761u >> 24) & 255u]; }
 
-void remember(void *p, size_t bytes)
+/* Without memory for the entry the limit counts the block until the device is closed, or its copies go through the copy engine. */
+void remember(block **list, void *p, size_t bytes)
 {
     block *b = (block *)malloc(sizeof *b);
     if (b == NULL)
-        return;         /* the limit then counts this block until the device is closed */
-    b->ptr = p;
-    b->bytes = bytes;
+        return;
     pthread_mutex_lock(&blocks_mu);
-    b->next = blocks[slot_of(p)];
-    blocks[slot_of(p)] = b;
+    *b = { p, bytes, *list };
+    *list = b;
     pthread_mutex_unlock(&blocks_mu);
 }
 
-size_t forget(void *p)
+size_t forget(block **list, void *p)
 {
     size_t bytes = 0;
     pthread_mutex_lock(&blocks_mu);
-    for (block **at = &blocks[slot_of(p)]; *at != NULL; at = &(*at)->next) {
+    for (block **at = list; *at != NULL; at = &(*at)->next) {
         if ((*at)->ptr == p) {
             block *b = *at;
             *at = b->next;
@@ -39,31 +38,6 @@ size_t forget(void *p)
     }
     pthread_mutex_unlock(&blocks_mu);
     return bytes;
-}
-
-void remember_pinned(void *p, size_t bytes)
-{
-    block *b = (block *)malloc(sizeof *b);
-    if (b == NULL)
-        return;         /* copies from and to this block then go through the copy engine */
-    pthread_mutex_lock(&blocks_mu);
-    *b = { p, bytes, pinned };
-    pinned = b;
-    pthread_mutex_unlock(&blocks_mu);
-}
-
-void forget_pinned(void *p)
-{
-    pthread_mutex_lock(&blocks_mu);
-    for (block **at = &pinned; *at != NULL; at = &(*at)->next) {
-        if ((*at)->ptr == p) {
-            block *b = *at;
-            *at = b->next;
-            free(b);
-            break;
-        }
-    }
-    pthread_mutex_unlock(&blocks_mu);
 }
 
 bool is_pinned(const void *p, size_t bytes)
@@ -128,7 +102,7 @@ static int alloc_device(arle_device *dev, size_t bytes, void **out, struct arle_
         cuda_fail(dev, e, "cudaMalloc", __FILE__, __LINE__);
         return cuda_dead(dev, err);
     }
-    remember(p, bytes);
+    remember(list_of(p), p, bytes);
     dev->mem_used.fetch_add(bytes);
     bump(dev, COUNT_ALLOC_BYTES, bytes);
     *out = p;
@@ -157,7 +131,7 @@ extern "C" int cuda_alloc(struct arle_device *dev, uint32_t kind, size_t bytes, 
         return cuda_dead(dev, err);
     }
     memset(p, 0, bytes);
-    remember_pinned(p, bytes);
+    remember(&pinned, p, bytes);
     *out = p;
     return 0;
 }
@@ -168,10 +142,10 @@ extern "C" void cuda_free(struct arle_device *dev, uint32_t kind, void *ptr)
         return;
     cudaSetDevice(dev->ordinal);
     if (kind == ARLE_MEM_DEVICE) {
-        dev->mem_used.fetch_sub(forget(ptr));
+        dev->mem_used.fetch_sub(forget(list_of(ptr), ptr));
         cudaFree(ptr);
     } else {
-        forget_pinned(ptr);
+        forget(&pinned, ptr);
         cudaFreeHost(ptr);
     }
 }
