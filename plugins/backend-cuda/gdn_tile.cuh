@@ -18,7 +18,8 @@ namespace {
  *          U = A V, W = A diag(e^gamma) K.
  * What passes between them is K and Q [2][64][128] and A and P [2][64][64], bf16 in swizzled panels, and the two decays in f32.
  */
-const int kHalf = kChunk * kChunk * 2, kKQ = 2 * kTile, kRec = 2 * kHalf + 2 * kChunk * 4;     /* bytes of A or P; of both tiles; of a record */
+/* Bytes of A or P; of K and Q; of the rest of a chunk and head. */
+const int kHalf = kChunk * kChunk * 2, kKQ = 2 * kTile, kRec = 2 * kHalf + 2 * kChunk * 4;
 const int kWalkCols = 64, kStages = 3, kStage = (kKQ + kRec + 1023) / 1024 * 1024;
 const int kPairStage = (kKQ + kHalf + 2 * kChunk * 4 + 1023) / 1024 * 1024;     /* of the state's block in a pair: K, Q, P, decays */
 const int kColTile = kChunk * kWalkCols * 2, kRawTile = (kChunk + 3) * kWalkCols * 2;
@@ -315,7 +316,8 @@ __device__ __forceinline__ void operand_of(uint32_t (&x)[8], const float (&d)[8]
         x[i] = tf32(d[(i & 4) | (i & 1) << 1 | (i >> 1 & 1)]);
 }
 
-/* Products of two rows, with sums of gates ga0 and ga1, and of 16 columns, with gam (from a lane's first one on), times the decay between. */
+/* Products of two rows, whose sums of gates are ga0 and ga1, and 16 columns, of which gam has them from a lane's first on, times the
+ * decay between. */
 __device__ __forceinline__ void decayed(float (&x)[8], const float *v, float ga0, float ga1, const float *gam)
 {
 #pragma unroll

@@ -50,7 +50,7 @@ bool is_pinned(const void *p, size_t bytes)
     return found;
 }
 
-/* Up to this size a kernel that reads or writes pinned memory itself is done before the copy engine has begun: a step's inputs and results. */
+/* Up to this size a kernel that reads or writes pinned memory itself is done before the copy engine has begun: inputs and results of steps. */
 const size_t kDirectCopy = 65536;
 
 __global__ void direct_copy_kernel(char *dst, const char *src, int bytes)
